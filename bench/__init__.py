@@ -1,0 +1,1 @@
+"""The microbenchmark behind `fusedopt bench` and the training comparison behind `fusedopt demo`."""

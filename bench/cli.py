@@ -1,0 +1,284 @@
+"""The commands `fusedopt bench` and `fusedopt bench compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import compare as comparison
+from . import records, report, timing
+from .micro import DEFAULT_BASELINES, Options, run_cell
+from .ops import OPS
+from .plot import write_chart
+from .presets import PRECISIONS, PRESETS, SERIES
+from .providers import PROVIDERS
+
+ALL = "all"
+CHARTS = (".png", ".svg", ".pdf")
+
+
+class BenchCommand(click.Command):
+    """A command that takes names as arguments, and has one subcommand all the same: `compare`."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and args[0] == compare.name:
+            return compare.make_context(f"{info_name} {compare.name}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
+def _names(known: Iterable[str]) -> Callable[[click.Context, click.Parameter, Sequence[str]], list[str]]:
+    """Check names given on the command line; each may hold several, joined by commas."""
+
+    def callback(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[str]:
+        names = [name for value in values for name in value.split(",")]
+        for name in names:
+            if name not in known:
+                raise click.BadParameter(f"there is no {name!r}; there are {', '.join(known)}")
+        return list(dict.fromkeys(names))
+
+    return callback
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.device:
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise click.BadParameter(f"{value!r} is no device; give cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("torch sees no CUDA device here; give cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise click.BadParameter(f"there are clocks for cpu and cuda, none for {device.type}")
+    return device
+
+
+def _percentage(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """`5%` as 0.05."""
+    if value is None:
+        return None
+    try:
+        number = float(value.removesuffix("%")) / 100
+    except ValueError:
+        number = -1.0
+    if not value.endswith("%") or not 0 <= number < float("inf"):
+        raise click.BadParameter(f"{value!r} is not a percentage such as 5%")
+    return number
+
+
+def _output(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse before anything is measured what could not be written after."""
+    if path and not path.parent.is_dir():
+        raise click.BadParameter(f"there is no directory {path.parent}")
+    if path and param.name == "plot_file" and path.suffix not in CHARTS:
+        raise click.BadParameter(f"{path.name} ends in none of {', '.join(CHARTS)}")
+    return path
+
+
+_file = click.Path(dir_okay=False, writable=True, path_type=Path)
+
+
+@click.command(cls=BenchCommand, epilog="Two runs side by side: fusedopt bench compare --help")
+@click.argument("ops", nargs=-1, callback=_names([*OPS, ALL]))
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    metavar="NAME",
+    callback=_names([*PRESETS, *SERIES, ALL]),
+    help="Tensor shapes: mlp, many and large unless given.",
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    metavar="NAME",
+    callback=_names([*PRECISIONS, ALL]),
+    help="Storage of parameters, gradients and state: fp32 unless given.",
+)
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    metavar="NAME",
+    callback=_names(PROVIDERS),
+    help="Who contends: all that can run unless given. Baselines always do.",
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    metavar="NAME",
+    callback=_names(PROVIDERS),
+    help=f"Whom to state speed-ups against: first of {', '.join(DEFAULT_BASELINES)} unless given.",
+)
+@click.option("--device", default="cpu", show_default=True, callback=_device, help="cpu or cuda.")
+@click.option("--threads", type=click.IntRange(1), help="torch.set_num_threads.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Time to measure each cell.",
+)
+@click.option("--rounds", type=click.IntRange(1), help="Samples of each provider, instead of --seconds.")
+@click.option("--in-loop", is_flag=True, help="Run a model forward and backward, untimed, before each step.")
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GIB",
+    help="What a cell may use; three quarters of what is free unless given. Presets drop layers to fit.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the data and of the order of samples.")
+@click.option("--json", "json_file", type=_file, callback=_output, help="Write all results.")
+@click.option("--csv", "csv_file", type=_file, callback=_output, help="Write one line a row.")
+@click.option("--plot", "plot_file", type=_file, callback=_output, help=f"Write a chart: {', '.join(CHARTS)}.")
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
+@click.option("--list", "list_only", is_flag=True, help="Say what there is to measure, and do nothing.")
+def bench(
+    ops: list[str],
+    presets: list[str],
+    dtypes: list[str],
+    providers: list[str],
+    baselines: list[str],
+    device: torch.device,
+    threads: int | None,
+    seconds: float,
+    rounds: int | None,
+    in_loop: bool,
+    memory: float | None,
+    seed: int,
+    json_file: Path | None,
+    csv_file: Path | None,
+    plot_file: Path | None,
+    markdown: bool,
+    list_only: bool,
+) -> None:
+    """Time OPS (adamw unless given; `all` for all) in every provider that has them, side by side.
+
+    --list shows every name there is; several may be joined by commas.
+
+    Each provider is first held to a float64 reference; one that is wrong is said to be, and is not timed. Those that
+    are right are sampled in turn, once a round, in an order shuffled anew each round; speed-ups are medians of ratios
+    within a round.
+
+    On the CPU, host time is that of a step over as many tensors of one element each: what does not depend on their
+    size. On a GPU it is the time to launch a step. GB/s counts what the rule must read and write, as the provider
+    stores it. Extra memory is what a step holds at its peak beyond what was held before.
+    """
+    console = _console()
+    if list_only:
+        _print_list(console, device)
+        return
+    if threads:
+        torch.set_num_threads(threads)
+    options = Options(
+        providers=providers,
+        baselines=baselines,
+        device=device,
+        memory=int(memory * 2**30) if memory else timing.available_bytes(device) * 3 // 4,
+        rounds=rounds,
+        seconds=seconds,
+        seed=seed,
+        in_loop=in_loop,
+    )
+    cells = [
+        (OPS[op], PRESETS[preset], PRECISIONS[dtype])
+        for op in _chosen(ops or ["adamw"], OPS)
+        for preset in _chosen(presets or ["mlp", "many", "large"], PRESETS)
+        for dtype in _chosen(dtypes or ["fp32"], PRECISIONS)
+    ]
+    run = records.Run(records.environment(device), {**dataclasses.asdict(options), "device": str(device)}, [])
+    errors = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("", total=len(cells))
+        for done, (op, preset, precision) in enumerate(cells):
+            progress.update(task, completed=done, description=f"{op.name} · {preset.name} · {precision.name}")
+            show = functools.partial(_show, progress, task, done)
+            run.rows += run_cell(op, preset, precision, options, show)
+    if markdown:
+        click.echo(report.markdown(run))
+    else:
+        report.print_tables(run, console)
+    if json_file:
+        run.write_json(json_file)
+    if csv_file:
+        run.write_csv(csv_file)
+    if plot_file and not write_chart(run.rows, plot_file):
+        raise click.ClickException(f"{plot_file} was not written: nobody was timed")
+
+
+@click.command()
+@click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--fail-above", metavar="PERCENT", callback=_percentage, help="Largest growth that passes, such as 5%.")
+@click.option("--provider", "providers", multiple=True, metavar="NAME", help="Compare these alone; all unless given.")
+def compare(before: Path, after: Path, fail_above: float | None, providers: tuple[str, ...]) -> None:
+    """Compare two files of `fusedopt bench --json`, row by row.
+
+    With --fail-above, exits 1 if any median step time grew by more than that, or if a provider that was right is no
+    longer. A change whose ranges from p20 to p80 overlap is marked as within noise, and fails all the same. Exits 2
+    if the files have no row in common.
+    """
+    try:
+        found = list(comparison.changes(records.Run.read_json(before), records.Run.read_json(after), providers))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if not found:
+        raise click.UsageError(f"{before} and {after} have no row in common")
+    comparison.print_changes(found, fail_above, _console())
+    if fail_above is not None and any(change.fails(fail_above) for change in found):
+        raise SystemExit(1)
+
+
+def _show(progress: Progress, task: TaskID, done: int, part: float) -> None:
+    progress.update(task, completed=done + part)
+
+
+def _console() -> Console:
+    """Standard output; where that is no terminal, wide enough for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Names with `all` and the names of series spelled out."""
+    spelled = [SERIES.get(name, known if name == ALL else (name,)) for name in names]
+    return list(dict.fromkeys(itertools.chain.from_iterable(spelled)))
+
+
+def _print_list(console: Console, device: torch.device) -> None:
+    """Ops, providers with why one does not run here, presets and precisions."""
+    table = Table("op", "providers", title="ops", title_justify="left")
+    for op in OPS.values():
+        having = [name for name, provider in PROVIDERS.items() if not op.lacks(provider, PRECISIONS["fp32"], device)]
+        table.add_row(op.name, ", ".join(having))
+    console.print(table)
+    table = Table("provider", "here", title="providers", title_justify="left")
+    for provider in PROVIDERS.values():
+        table.add_row(provider.name, provider.unavailable(device) or "runs")
+    console.print(table)
+    table = Table("preset", "shapes", title="presets", title_justify="left")
+    for preset in PRESETS.values():
+        table.add_row(preset.name, preset.about)
+    for name, members in SERIES.items():
+        table.add_row(name, ", ".join(members))
+    console.print(table)
+    table = Table("dtype", "storage", title="dtypes", title_justify="left")
+    for precision in PRECISIONS.values():
+        table.add_row(precision.name, precision.about)
+    console.print(table)

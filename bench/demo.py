@@ -1,0 +1,353 @@
+"""`fusedopt demo`: train one small model twice, before and after the swap, and show both side by side."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import fusedopt
+from fusedopt.backends import choose, requested_backend
+from fusedopt.codecs import STATE_DTYPES
+from fusedopt.optim import OPTIMIZERS
+
+from .model import PHASES, SIZES, Llama, Run, english_bytes, warmup_cosine
+
+FORMAT = "fusedopt-demo"
+VERSION = 1
+
+BATCH = 4  # sequences a step: a small batch, as on a laptop; larger ones give the optimizer a smaller share
+BLOCK = 10  # consecutive steps of one run
+
+# The hyperparameters one would train this model with. An optimizer without an entry runs with its own defaults.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4},
+    "Adam": {"lr": 1e-3},
+    "AdamW": {"lr": 1e-3, "weight_decay": 0.1},
+    "Adagrad": {"lr": 1e-2},
+    "RMSprop": {"lr": 3e-4},
+    "Adamax": {"lr": 2e-3},
+    "NAdam": {"lr": 1e-3},
+    "RAdam": {"lr": 1e-3},
+    "Lion": {"lr": 2e-4, "weight_decay": 0.5},
+    "AdEMAMix": {"lr": 1e-3, "weight_decay": 0.1},
+}
+
+# When are two training curves the same? The runs may differ in the last bit of a parameter, and training amplifies
+# that without limit, so no bound holds at every step. Two do hold:
+# - Over the first steps, before the amplification. One unit in the last place of a float32 loss between 4 and 8 is
+#   4.8e-7, and rounding alone moves the first 20 losses by two of them at most. 1e-4 is 200 of them; in the default
+#   run eps = 1e-6 in place of 1e-8 moves 2e-4, a learning rate off by 0.1 % 6e-4, a forgotten weight decay 8e-4.
+#   A signed state in bfloat16 is off by up to 2^-9 of itself, hence a step, hence to first order the fall of the loss.
+# - On the validation loss at the end, an average over 23 kB of text.
+FIRST_STEPS = 20
+FIRST_BOUND = 1e-4
+STATE_ROUNDING = {"bfloat16": 2**-9}
+VALIDATION_BOUND = 0.01
+
+
+def build_runs(name: str, state_dtype: str | None, size: str, steps: int) -> tuple[Run, Run, Run | None]:
+    """Runs from the same weights: the usual optimizer, fusedopt's, and torch's fused one where there is one."""
+    cls = OPTIMIZERS[name]
+    settings = SETTINGS.get(name, {})
+    initial = Llama(SIZES[size])
+
+    def run(label: str, make: Callable[..., torch.optim.Optimizer], swap: bool = False, **options: Any) -> Run:
+        model = copy.deepcopy(initial)
+        optimizer = make(model.parameters(), **settings, **options)
+        scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
+        if swap:
+            fusedopt.swap(optimizer)
+        return Run(label, model, optimizer, scheduler)
+
+    torch_class = cls.torch_class
+    if torch_class is None:  # nothing to swap: fusedopt's own reference against the backend it chooses
+        first = run("eager", cls, backend="eager")
+    else:
+        first = run(f"torch {name}", torch_class)
+    if torch_class is None or state_dtype is not None:
+        second = run("fusedopt", cls, state_dtype=state_dtype)
+    else:
+        second = run("fusedopt", torch_class, swap=True)
+    third = None
+    if torch_class is not None and "fused" in inspect.signature(torch_class).parameters:
+        third = run("torch fused", torch_class, fused=True)
+    return first, second, third
+
+
+@contextmanager
+def progress(console: Console, runs: tuple[Run, Run], steps: int) -> Iterator[Callable[[], None]]:
+    """Yields what to call after each block of steps: moves a bar per run, or prints a line a tenth in a plain log."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bars:
+            tasks = [bars.add_task(run.label, total=steps, loss="") for run in runs]
+
+            def update() -> None:
+                for task, run in zip(tasks, runs, strict=True):
+                    if run.losses:
+                        bars.update(task, completed=len(run.losses), loss=f"loss {run.losses[-1]:.3f}")
+
+            yield update
+        return
+
+    printed = 0
+
+    def report() -> None:
+        nonlocal printed
+        done = min(len(run.losses) for run in runs)
+        if done * 10 // steps > printed * 10 // steps:
+            printed = done
+            losses = ", ".join(f"{run.label} {run.losses[done - 1]:.3f}" for run in runs)
+            console.print(f"step {done} of {steps}: loss {losses}")
+
+    yield report
+
+
+def train(console: Console, runs: tuple[Run, Run], fused: Run | None, text: Tensor, starts: Tensor) -> None:
+    """Train every run on the sequences at starts (steps, BATCH).
+
+    The runs take turns, ten steps each, and every other round in the opposite order, so that a machine
+    that slows down or speeds up meanwhile favours neither. torch's fused optimizer is there to be timed only: half a
+    block every fifth round.
+    """
+    steps = len(starts)
+    # An untimed pass, lest the first run alone pay for what torch sets up on first use.
+    model = copy.deepcopy(runs[0].model)
+    model(torch.zeros(BATCH, model.context, dtype=torch.long)).sum().backward()
+    with progress(console, runs, steps) as update:
+        for number, begin in enumerate(range(0, steps, BLOCK)):
+            block = starts[begin : begin + BLOCK]
+            for run in runs if number % 2 == 0 else runs[::-1]:
+                for row in block:
+                    run.step(text, row)
+                update()
+            if fused is not None and number % 5 == 0:
+                for row in block[: BLOCK // 2]:
+                    fused.step(text, row)
+
+
+def compare(runs: tuple[Run, Run], validation: tuple[float, float], state_dtype: str | None) -> dict[str, Any]:
+    """How far the two curves are apart, whether they count as the same, and how much faster the second run was."""
+    first, second = runs
+    differences = (torch.tensor(first.losses).double() - torch.tensor(second.losses).double()).abs()
+    early = differences[:FIRST_STEPS].max().item()
+    fall = max(first.losses[:FIRST_STEPS]) - min(first.losses[:FIRST_STEPS])
+    bound = FIRST_BOUND + STATE_ROUNDING.get(state_dtype or "float32", 0.0) * fall
+    late = abs(validation[0] - validation[1]) / validation[0]
+    return {
+        "max_loss_difference": differences.max().item(),
+        "first_steps": min(FIRST_STEPS, len(differences)),
+        "first_steps_difference": early,
+        "first_steps_bound": bound,
+        "validation_relative_difference": late,
+        "validation_bound": VALIDATION_BOUND,
+        # Written so that a NaN, which compares false, is no agreement.
+        "same": early <= bound and late <= VALIDATION_BOUND,
+        "optimizer_speedup": first.milliseconds("optimizer") / second.milliseconds("optimizer"),
+        "end_to_end_speedup": sum(first.seconds["step"]) / sum(second.seconds["step"]),
+    }
+
+
+def show(console: Console, runs: tuple[Run, Run], fused: Run | None, validation: tuple[float, float]) -> None:
+    """Print the two loss curves at ten steps, then what each run cost; a ratio is the first run's over the second's."""
+    steps = len(runs[0].losses)
+    curves = Table(title="Training loss", title_justify="left")
+    for title in ("step", *(run.label for run in runs), "difference"):
+        curves.add_column(title, justify="right")
+    for step in sorted({round(i * (steps - 1) / 9) for i in range(10)}):
+        a, b = (run.losses[step] for run in runs)
+        curves.add_row(str(step + 1), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}")
+    console.print(curves)
+
+    costs = Table(title="Cost", title_justify="left")
+    costs.add_column("")
+    for title in (*(run.label for run in runs), "ratio", *([fused.label] if fused else [])):
+        costs.add_column(title, justify="right")
+
+    def row(name: str, values: tuple[float, float], form: str, other: float | None = None) -> None:
+        others = [] if fused is None else ["" if other is None else format(other, form)]
+        costs.add_row(name, *(format(x, form) for x in values), f"{values[0] / values[1]:.2f}", *others)
+
+    for name in PHASES:
+        other = fused.milliseconds(name) if fused and name == "optimizer" else None
+        row(f"{name}, ms a step", (runs[0].milliseconds(name), runs[1].milliseconds(name)), ".2f", other)
+    row("end to end, s", (sum(runs[0].seconds["step"]), sum(runs[1].seconds["step"])), ".1f")
+    row("optimizer state, MB", (runs[0].state_bytes() / 1e6, runs[1].state_bytes() / 1e6), ".1f")
+    row("validation loss", validation, ".5f")
+    console.print(costs)
+
+
+def record(run: Run, validation: float) -> dict[str, Any]:
+    """What the JSON file says of one run."""
+    return {
+        "label": run.label,
+        "losses": run.losses,
+        "validation_loss": validation,
+        "median_ms": {name: run.milliseconds(name) for name in run.seconds},
+        "seconds": sum(run.seconds["step"]),
+        "state_bytes": run.state_bytes(),
+    }
+
+
+def draw(path: Path, runs: tuple[Run, Run]) -> None:
+    """Write the chart as PNG: the loss curves over each other, and the median step of each run by phase."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    steps = range(1, len(runs[0].losses) + 1)
+    for run, width, color in zip(runs, (3.5, 0.9), ("#f4a582", "#053061"), strict=True):
+        curves.plot(steps, run.losses, label=run.label, linewidth=width, color=color)
+    curves.set(xlabel="step", ylabel="nats a byte", title="Training loss")
+    curves.legend()
+    bottoms = [0.0 for _ in runs]
+    for name, color in zip(PHASES, ("#d1d5db", "#9ca3af", "#d6604d"), strict=True):
+        heights = [run.milliseconds(name) for run in runs]
+        drawn = bars.barh([run.label for run in runs], heights, left=bottoms, label=name, color=color)
+        if name == "optimizer":
+            bars.bar_label(drawn, labels=[f" {height:.1f} ms" for height in heights])
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    bars.invert_yaxis()  # the first run on top, as in the tables
+    bars.margins(x=0.2)
+    bars.set(xlabel="median ms a step", title="Where a step goes")
+    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that could not be written once training is over."""
+    if path is not None:
+        existed = path.exists()
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise click.BadParameter(f"{path} cannot be written ({error.strerror}); name a file that can be") from error
+        if not existed:
+            path.unlink()
+    return path
+
+
+NAME = click.Choice(list(OPTIMIZERS))
+STORAGE = click.Choice([name for name in STATE_DTYPES if name is not None])
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("--steps", type=click.IntRange(min=2), default=450, show_default=True, help="Of each run.")
+@click.option("--optimizer", type=NAME, default="AdamW", show_default=True)
+@click.option("--state-dtype", type=STORAGE, help="Storage of fusedopt's optimizer state.  [default: torch's own]")
+@click.option("--model", "size", type=click.Choice(list(SIZES)), default="small", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and batches.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's own choice]")
+@click.option("--json", "json_path", type=FILE, callback=writable, help="Also write the results to this file.")
+@click.option("--output", type=FILE, callback=writable, default="fusedopt-demo.png", show_default=True, help="Chart.")
+def demo(
+    steps: int,
+    optimizer: str,
+    state_dtype: str | None,
+    size: str,
+    seed: int,
+    threads: int | None,
+    json_path: Path | None,
+    output: Path,
+) -> None:
+    """Train a small language model twice, with torch's optimizer and with fusedopt's, and compare.
+
+    Both runs start from the same weights and see the same batches, on the CPU. Prints the two loss curves and what
+    each run cost, and draws a chart. Fails if the curves are not the same up to rounding. The text is the language
+    reference that comes with every CPython, so nothing is downloaded.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console(highlight=False)
+    text = english_bytes()
+    held_out = len(text) // 20
+    length = SIZES[size].context
+    torch.manual_seed(seed)
+    starts = torch.randint(len(text) - held_out - length, (steps, BATCH))
+    try:
+        first, second, fused = build_runs(optimizer, state_dtype, size, steps)
+        backend = choose(first.model.head.weight, requested_backend(), "the model").name
+    except (ValueError, RuntimeError) as error:  # the environment asks for a backend that cannot run
+        raise click.ClickException(str(error)) from error
+    runs = first, second
+    parameters = list(first.model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    console.print(
+        f"{count:,} parameters in {len(parameters)} tensors, {BATCH} x {length} bytes a step\n"
+        f"torch {torch.__version__}, threads: {torch.get_num_threads()}\n"
+        f"fusedopt {fusedopt.__version__}, backend: {backend}"
+        + (" (`fusedopt explain` says why)" if backend == "eager" else ""),
+        soft_wrap=True,
+    )
+
+    train(console, runs, fused, text[:-held_out], starts)
+    validation = (
+        first.validation_loss(text[-held_out:]),
+        second.validation_loss(text[-held_out:]),
+    )
+    comparison = compare(runs, validation, state_dtype)
+    show(console, runs, fused, validation)
+    draw(output, runs)
+    if json_path is not None:
+        result = {
+            "format": FORMAT,
+            "version": VERSION,
+            "environment": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "fusedopt": fusedopt.__version__,
+                "machine": platform.machine(),
+                "backend": backend,
+                "threads": torch.get_num_threads(),
+            },
+            "config": {
+                "steps": steps,
+                "optimizer": optimizer,
+                "settings": SETTINGS.get(optimizer, {}),
+                "state_dtype": state_dtype,
+                "model": size,
+                "seed": seed,
+                "batch": BATCH,
+                "context": length,
+                "parameters": count,
+            },
+            "runs": [record(run, loss) for run, loss in zip(runs, validation, strict=True)],
+            "fused_optimizer_ms": None if fused is None else fused.milliseconds("optimizer"),
+            "comparison": comparison,
+        }
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    distance = (
+        f"the training losses differ by at most {comparison['max_loss_difference']:.1e}, "
+        f"in the first {comparison['first_steps']} steps by {comparison['first_steps_difference']:.1e} "
+        f"(allowed: {comparison['first_steps_bound']:.1e}); "
+        f"the validation losses by {comparison['validation_relative_difference']:.3%} (allowed: {VALIDATION_BOUND:.0%})"
+    )
+    if not comparison["same"]:
+        raise click.ClickException(f"this is not the same training: {distance}")
+    console.print(f"The same training: {distance}.", soft_wrap=True)
+    console.print(
+        f"The optimizer is {comparison['optimizer_speedup']:.1f} times as fast, "
+        f"training as a whole {comparison['end_to_end_speedup']:.2f} times. Chart: {output}",
+        soft_wrap=True,
+    )

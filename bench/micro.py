@@ -1,0 +1,175 @@
+"""One cell of the benchmark: an op, a preset and a precision, with every provider that has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import timing
+from .ops import Contender, Entries, OptimizerOp
+from .presets import PRECISIONS, SERIES, Precision, Preset, elements
+from .providers import PROVIDERS
+from .records import Row
+from .timing import Spread
+
+DEFAULT_BASELINES = ("torch-fused", "torch", "fusedopt-eager")  # the first that has the op
+# A data set smaller than this lies in a core's own caches, where "% of bandwidth" says nothing.
+MEMORY_BOUND_BYTES = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    providers: all that have the op if empty; those named get a row even where they do not.
+    baselines: the first of `DEFAULT_BASELINES` that is right if empty.
+    memory: bytes that a cell may use; presets drop layers to fit.
+    rounds: exactly so many a cell; None: as many as fit `seconds`.
+    """
+
+    providers: Sequence[str] = ()
+    baselines: Sequence[str] = ()
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    memory: int = 4 << 30
+    rounds: int | None = None
+    seconds: float = 10.0
+    seed: int = 0
+    in_loop: bool = False
+
+
+Samples = dict[tuple[str, str], list[float]]
+
+
+@dataclasses.dataclass
+class Lineup:
+    """Who contends in a cell, which of those are baselines, the preferred first, and why others named are absent."""
+
+    entries: Entries
+    baselines: list[str]
+    absent: dict[str, str]
+
+
+def lineup(op: OptimizerOp, precision: Precision, options: Options) -> Lineup:
+    """A baseline that cannot store things as `precision` says is measured in float32, and so labelled."""
+    found = Lineup({}, [], {})
+    for name in options.providers or PROVIDERS:
+        reason = op.lacks(PROVIDERS[name], precision, options.device)
+        if not reason:
+            found.entries[name] = PROVIDERS[name], precision
+        elif options.providers:
+            found.absent[name] = reason
+    candidates: Entries = {}
+    for name in options.baselines or DEFAULT_BASELINES:
+        for label, held in ((name, precision), (f"{name}@fp32", PRECISIONS["fp32"])):
+            reason = op.lacks(PROVIDERS[name], held, options.device)
+            if not reason:
+                candidates[label] = PROVIDERS[name], held
+                break
+        else:
+            if options.baselines and reason:
+                found.absent[name] = reason
+    if not options.baselines:
+        # The first is brought in; the others stand by in case it is wrong, if they contend anyway.
+        first = next(iter(candidates), None)
+        candidates = {label: entry for label, entry in candidates.items() if label == first or label in found.entries}
+    found.entries |= candidates
+    found.baselines = list(candidates)
+    return found
+
+
+def run_cell(
+    op: OptimizerOp,
+    preset: Preset,
+    precision: Precision,
+    options: Options,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> list[Row]:
+    """Check everyone who has `op` in `precision`, then time those who are right. A row for each, and for the absent."""
+    who = lineup(op, precision, options)
+    cell = op.name, preset.name, precision.name
+    absent = [Row(*cell, name, status="absent", note=reason) for name, reason in who.absent.items()]
+    if not who.entries:
+        return absent
+    # Beside the contenders: the data they start from, the bandwidth buffer, and what a step allocates.
+    held = max(op.held_bytes(precision) for _, precision in who.entries.values())
+    shapes, scaled = preset.fit(options.memory / (held * (len(who.entries) + 2)))
+    total = elements(shapes)
+    contenders = op.contenders(who.entries, shapes, options.device, options.seed)
+    right = {label: contender for label, contender in contenders.items() if not contender.wrong}
+    baselines = [label for label in who.baselines if label in right]
+    if not options.baselines:
+        del baselines[1:]
+    samples, moved = _sample(right, total * held, options, progress) if right else ({}, {})
+
+    rows = []
+    for label, contender in contenders.items():
+        row = Row(*cell, label, len(shapes), total, scaled=scaled, note=contender.wrong or contender.note)
+        row.error, row.error_limit = _finite(contender.error), _finite(contender.limit)
+        if contender.wrong:
+            row.status = "wrong"
+        else:
+            _fill(row, contender, samples, moved, options.device)
+            row.speedups = {name: _ratios(samples["step", name], samples["step", label]) for name in baselines}
+        rows.append(row)
+    return rows + absent
+
+
+def _fill(row: Row, contender: Contender, samples: Samples, moved: dict[str, int], device: torch.device) -> None:
+    """Put the measurements of `contender` in its row."""
+    times = samples["step", row.provider]
+    row.rounds = len(times)
+    row.seconds = Spread.of(times)
+    row.host_seconds = Spread.of(samples["host", row.provider])
+    row.bytes_per_param = contender.moved_bytes / row.elements
+    row.bytes_per_second = contender.moved_bytes / row.seconds.median
+    row.state_bytes_per_param = contender.state_bytes / row.elements
+    row.peak_extra_bytes = timing.peak_extra_bytes(contender.step, device)
+    row.bandwidth = {name: moved[name] / Spread.of(samples["bandwidth", name]).median for name in moved}
+    if contender.moved_bytes >= MEMORY_BOUND_BYTES:
+        row.bandwidth_used = used = "in-place" if device.type == "cpu" else "copy"
+        row.bandwidth_fraction = _ratios(samples["bandwidth", used], times).median * contender.moved_bytes / moved[used]
+
+
+def _sample(
+    contenders: dict[str, Contender], nbytes: int, options: Options, progress: Callable[[float], None]
+) -> tuple[Samples, dict[str, int]]:
+    """Samples of ("step", label), ("host", label), ("bandwidth", kind); and what each kind of bandwidth moves."""
+    before = timing.training_interlude(options.device, options.seed) if options.in_loop else None
+    bandwidth, moved = timing.bandwidth_samplers(nbytes, options.device)
+    samplers = {("bandwidth", name): sampler for name, sampler in bandwidth.items()}
+    for label, contender in contenders.items():
+        host_step = contender.host_step or contender.step
+        samplers["step", label] = timing.device_sampler(contender.step, options.device, before)
+        samplers["host", label] = timing.host_sampler(host_step, options.device)
+    samples = timing.interleave(
+        samplers, rounds=options.rounds, seconds=options.seconds, seed=options.seed, progress=progress
+    )
+    return samples, moved
+
+
+def host_costs(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """Seconds that one more tensor costs, elements being equal: from the first and the last preset of each series.
+
+    Each comes with the row of the last preset.
+    """
+    timed = {row.key: row for row in rows if row.seconds}
+    costs = []
+    for members in SERIES.values():
+        for row in timed.values():
+            first = timed.get((row.op, members[0], row.dtype, row.provider))
+            if row.preset == members[-1] and first and row.seconds and first.seconds:
+                more = row.tensors - first.tensors
+                costs.append((row, (row.seconds.median - first.seconds.median) / more))
+    return costs
+
+
+def _ratios(numerators: list[float], denominators: list[float]) -> Spread:
+    """The spread of the ratios round by round, which what disturbs a whole round does not change."""
+    return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

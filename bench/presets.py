@@ -1,0 +1,108 @@
+"""What is measured: lists of tensor shapes, and the storage formats of parameters, gradients and state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The shapes of a model: `outer` once, `layer` repeated `layers` times."""
+
+    name: str
+    about: str
+    layers: int
+    layer: tuple[Shape, ...]
+    outer: tuple[Shape, ...] = ()
+
+    def shapes(self, layers: int | None = None) -> list[Shape]:
+        """All shapes, with `layers` instead of all layers if given."""
+        return [*self.outer, *self.layer * (self.layers if layers is None else layers)]
+
+    def fit(self, max_elements: float) -> tuple[list[Shape], str]:
+        """Shapes of at most `max_elements` elements, and what was left out to get there ("" when nothing was).
+
+        Layers are dropped first, then `outer`; one layer always stays.
+        """
+        if elements(self.shapes()) <= max_elements:
+            return self.shapes(), ""
+        room = int(max_elements - elements(self.outer)) // elements(self.layer)
+        if room >= 1:
+            return self.shapes(room), f"{room} of {self.layers} layers"
+        room = max(1, int(max_elements) // elements(self.layer))
+        kept = f"{min(room, self.layers)} of {self.layers} layers"
+        return list(self.layer * min(room, self.layers)), kept + (", no embedding" if self.outer else "")
+
+
+def elements(shapes: list[Shape] | tuple[Shape, ...]) -> int:
+    """The number of elements in all tensors of `shapes`."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _host(tensors: int) -> Preset:
+    return Preset(f"host{tensors}", f"1M elements in {tensors} tensors", tensors, ((1_000_000 // tensors,),))
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("mlp", "a 6-tensor MLP, 6k elements", 1, ((48, 64), (48,), (48, 48), (48,), (10, 48), (10,))),
+        Preset("many", "2000 tensors of 1000 elements", 2000, ((1000,),)),
+        Preset("large", "16M elements in 16 tensors", 16, ((1024, 1024),)),
+        _host(100),
+        _host(1000),
+        _host(10_000),
+        Preset(
+            "gpt2",
+            "GPT-2 small: 124M elements in 148 tensors",
+            12,
+            (
+                *((768,), (768,)),
+                *((768, 2304), (2304,), (768, 768), (768,)),
+                *((768,), (768,)),
+                *((768, 3072), (3072,), (3072, 768), (768,)),
+            ),
+            outer=((50257, 768), (1024, 768), (768,), (768,)),
+        ),
+        Preset(
+            "llama1b",
+            "Llama 3.2 1B: 1236M elements in 146 tensors, fewer layers where memory is short",
+            16,
+            (
+                *((2048, 2048), (512, 2048), (512, 2048), (2048, 2048)),
+                *((8192, 2048), (8192, 2048), (2048, 8192)),
+                *((2048,), (2048,)),
+            ),
+            outer=((128256, 2048), (2048,)),
+        ),
+    )
+}
+
+# The members of a series hold the same elements in ever more tensors: their times differ by the host's cost per tensor.
+SERIES = {"host": ("host100", "host1000", "host10000")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """How parameters and gradients (`param`) and optimizer state (`state`) are stored."""
+
+    name: str
+    about: str
+    param: torch.dtype
+    state: torch.dtype
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", "everything in float32", torch.float32, torch.float32),
+        Precision("mixed", "bfloat16 parameters and gradients, float32 state", torch.bfloat16, torch.float32),
+        Precision("bf16", "everything in bfloat16, torch's choice for such parameters", torch.bfloat16, torch.bfloat16),
+        Precision("fp16", "everything in float16, torch's choice for such parameters", torch.float16, torch.float16),
+    )
+}

@@ -1,0 +1,109 @@
+"""Who can do the work: fusedopt's backends, torch's own implementations, and peers where they are installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+import fusedopt.backends
+import fusedopt.optim
+
+from .presets import Precision
+
+Params = list[torch.nn.Parameter]
+Settings = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """An implementation of optimizers. `op` below is a class name of `fusedopt.optim.OPTIMIZERS`.
+
+    unavailable(device) -> why it cannot step tensors there, or None.
+    lacks(op, precision) -> why it has no such optimizer in this precision, or None.
+    make(op, params, settings, precision) -> the optimizer.
+    lossy: its state has too few bits to be held to rounding error; it is held to `ops.LOSSY_LIMIT`.
+    """
+
+    name: str
+    unavailable: Callable[[torch.device], str | None]
+    lacks: Callable[[str, Precision], str | None]
+    make: Callable[[str, Params, Settings, Precision], torch.optim.Optimizer]
+    lossy: bool = False
+
+
+def _fusedopt(backend: str) -> Provider:
+    def make(op: str, params: Params, settings: Settings, precision: Precision) -> torch.optim.Optimizer:
+        state = None if precision.state == precision.param else str(precision.state).removeprefix("torch.")
+        return fusedopt.optim.OPTIMIZERS[op](params, **settings, state_dtype=state, backend=backend)
+
+    def unavailable(device: torch.device) -> str | None:
+        chosen = fusedopt.backends.BACKENDS[backend]
+        return chosen.unavailable() or chosen.refuses(torch.empty(1, device=device))
+
+    return Provider(f"fusedopt-{backend}", unavailable, lambda op, precision: None, make)
+
+
+def _torch(name: str, **flags: bool) -> Provider:
+    def lacks(op: str, precision: Precision) -> str | None:
+        cls = fusedopt.optim.OPTIMIZERS[op].torch_class
+        if cls is None:
+            return f"torch.optim has no {op}"
+        if precision.state != precision.param:
+            return "torch keeps state in the parameters' dtype"
+        missing = [flag for flag in flags if flag not in inspect.signature(cls).parameters]
+        return f"torch.optim.{op} has no {missing[0]}=" if missing else None
+
+    def make(op: str, params: Params, settings: Settings, precision: Precision) -> torch.optim.Optimizer:
+        cls: Any = fusedopt.optim.OPTIMIZERS[op].torch_class
+        return cls(params, **settings, **flags)
+
+    return Provider(name, lambda device: None, lacks, make)
+
+
+def _peer(
+    name: str, module: str, package: str, ops: Iterable[str], precisions: Iterable[str], suffix: str = "", **extra: Any
+) -> Provider:
+    """A library whose `module` has a class `op + suffix` for each of `ops`; `extra` is given to each."""
+
+    def unavailable(device: torch.device) -> str | None:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            return f"pip install {package}"
+        except Exception as error:  # a peer that does not load is no reason for the others not to run
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def lacks(op: str, precision: Precision) -> str | None:
+        if op not in ops:
+            return f"{package} has no {op}{suffix} of the same rule"
+        return None if precision.name in precisions else f"{package} does not keep state this way"
+
+    def make(op: str, params: Params, settings: Settings, precision: Precision) -> torch.optim.Optimizer:
+        cls = getattr(importlib.import_module(module), op + suffix)
+        known = inspect.signature(cls).parameters
+        return cls(params, **{key: value for key, value in settings.items() if key in known}, **extra)
+
+    return Provider(name, unavailable, lacks, make, lossy=suffix == "8bit")
+
+
+def _providers() -> Iterable[Provider]:
+    yield from map(_fusedopt, fusedopt.backends.BACKENDS)
+    yield _torch("torch")
+    yield _torch("torch-foreach", foreach=True)
+    yield _torch("torch-fused", fused=True)
+    # Left out of bitsandbytes: its Adam decays decoupled and its RMSprop keeps other momentum than torch's.
+    same = ("AdamW", "Lion", "AdEMAMix", "SGD", "Adagrad")
+    for name, suffix in (("bitsandbytes", "32bit"), ("bitsandbytes-8bit", "8bit")):
+        yield _peer(name, "bitsandbytes.optim", "bitsandbytes", same, ("fp32", "mixed"), suffix)
+    yield _peer("torchao-8bit", "torchao.optim", "torchao", ("Adam", "AdamW"), ("fp32", "mixed"), "8bit")
+    same = ("SGD", "Adam", "AdamW", "RAdam", "Lion")
+    yield _peer("optimi", "optimi", "torch-optimi", same, ("fp32", "bf16", "fp16"), kahan_sum=False)
+
+
+PROVIDERS = {provider.name: provider for provider in _providers()}

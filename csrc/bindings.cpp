@@ -1,0 +1,63 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/threads.h"
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace fusedopt;
+
+namespace {
+
+using Spec = std::tuple<std::string, bool, std::vector<std::string>, std::vector<std::string>>;
+
+std::unique_ptr<Plan> make_plan(const std::vector<Spec>& specs, py::dict state, py::list groups, py::set fresh) {
+  std::vector<GroupSpec> converted;
+  for (const auto& [rule, maximize, states, counters] : specs) {
+    const int index = find_rule(rule);
+    if (index < 0) throw py::value_error("rule '" + rule + "' is not in the native module; rebuild it");
+    if (counters.size() > max_counters) throw py::value_error("a rule has at most two counters");
+    converted.push_back({index, maximize, states, counters});
+  }
+  return std::make_unique<Plan>(std::move(converted), state.ptr(), groups.ptr(), fresh.ptr());
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (auto* known = available_kernels(); *known; ++known) names.emplace_back((*known)->name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "fusedopt's native CPU backend. It knows addresses and sizes, not torch.";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const PythonError&) {
+    }
+  });
+  py::class_<Plan>(module, "Plan")
+      .def(py::init(&make_plan), py::arg("specs"), py::arg("state"), py::arg("groups"), py::arg("fresh"))
+      .def("step",
+           [](Plan& plan, py::dict state, py::list groups, py::function scalars, int threads, double grad_scale) {
+             Object stepped = plan.step(state.ptr(), groups.ptr(), scalars.ptr(), threads, grad_scale);
+             return stepped ? py::reinterpret_steal<py::object>(stepped.release()) : py::object(py::none());
+           });
+  module.def("instruction_sets", &instruction_sets, "Those this machine runs, best first.");
+  module.def("instruction_set", [] { return kernels()->name; }, "The one in use.");
+  module.def(
+      "use_instruction_set",
+      [](const std::string& name) {
+        if (!use_kernels(name)) throw py::value_error("this machine does not run instruction set '" + name + "'");
+      },
+      py::arg("name"));
+  module.def("thread_runtime", &thread_runtime);
+  module.def(
+      "use_exchange_api",
+      [](py::object capsule) {
+        if (!use_exchange_api(capsule.ptr())) throw py::error_already_set();
+      },
+      py::arg("capsule"), "torch.Tensor.__dlpack_c_exchange_api__, or None to read tensors by their methods.");
+}

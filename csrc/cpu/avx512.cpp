@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+FUSEDOPT_KERNELS(avx512)

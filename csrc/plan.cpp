@@ -1,0 +1,426 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "cpu/threads.h"
+
+namespace fusedopt {
+namespace {
+
+struct RuleInfo {
+  const char* name;
+  int scalars;
+};
+#define FUSEDOPT_INFO(RULE) {RULE::name, RULE::scalars},
+constexpr RuleInfo rules[] = {FUSEDOPT_RULES(FUSEDOPT_INFO)};
+
+const Kernels* selected = nullptr;
+
+struct Interned {
+  PyObject* params = PyUnicode_InternFromString("params");
+  PyObject* grad = PyUnicode_InternFromString("grad");
+  PyObject* local = PyUnicode_InternFromString("_local_tensor");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* resolve_neg = PyUnicode_InternFromString("resolve_neg");
+  PyObject* is_conj = PyUnicode_InternFromString("is_conj");
+  PyObject* resolve_conj = PyUnicode_InternFromString("resolve_conj");
+  PyObject* cdata = PyUnicode_InternFromString("_cdata");
+  PyObject* untyped_storage = PyUnicode_InternFromString("untyped_storage");
+};
+const Interned& interned() {
+  static const Interned instance;
+  return instance;
+}
+
+// Parameters between the one that is read and the one whose memory is fetched ahead.
+constexpr size_t hint_distance = 4;
+constexpr int cache_line = 64;
+
+void fetch_ahead(const void* const* begin, const void* const* end) {
+  for (; begin != end; ++begin) __builtin_prefetch(*begin);
+}
+
+// More shares than threads, so that a thread which other work delays leaves its rest to the others.
+constexpr int shares_per_thread = 4;
+
+// Elements below which waking other threads costs more than it saves.
+constexpr int64_t elements_per_thread = 16384;
+
+bool same_name(PyObject* a, PyObject* b) { return a == b || PyUnicode_Compare(a, b) == 0; }
+
+struct Described : View {
+  explicit Described(PyObject* tensor) {
+    if (!describe(tensor, *this)) throw PythonError{};
+  }
+};
+
+// Whether `tensor` can be read: one that became sparse, or moved to a device without memory, is no longer as planned.
+bool readable(PyObject* tensor, View& view) {
+  const bool read = describe(tensor, view);
+  if (!read) PyErr_Clear();
+  return read;
+}
+
+bool is_counter(const View& view) {
+  const bool real = view.dtype.code == 2 && (view.dtype.bits == 32 || view.dtype.bits == 64);
+  return view.on_cpu && real && numel(view) == 1;
+}
+
+}  // namespace
+
+int find_rule(const std::string& name) {
+  for (size_t i = 0; i < std::size(rules); ++i)
+    if (name == rules[i].name) return int(i);
+  return -1;
+}
+
+const Kernels* kernels() { return selected ? selected : available_kernels()[0]; }
+
+bool use_kernels(const std::string& name) {
+  for (auto* known = available_kernels(); *known; ++known)
+    if (name == (*known)->name) {
+      selected = *known;
+      return true;
+    }
+  return false;
+}
+
+Plan::Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* fresh)
+    : specs_(std::move(specs)) {
+  for (size_t index = 0; index < specs_.size(); ++index) {
+    PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups, index), interned().params);
+    if (!params || !PyList_Check(params)) {
+      PyErr_SetString(PyExc_TypeError, "a group's \"params\" must be a list");
+      throw PythonError{};
+    }
+    group_sizes_.push_back(PyList_GET_SIZE(params));
+    for (Py_ssize_t i = 0; i < group_sizes_.back(); ++i) {
+      Entry& entry = entries_.emplace_back();
+      entry.param = PyList_GET_ITEM(params, i);
+      entry.group = int(index);
+      entry.distributed = PyObject_HasAttr(entry.param, interned().local);
+      const int is_fresh = PySet_Contains(fresh, entry.param);
+      if (is_fresh < 0) throw PythonError{};
+      entry.fresh = is_fresh;
+      entry.planned = plan_entry(entry, state);
+    }
+  }
+  std::unordered_map<PyObject*, int> index_of;
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (entries_[i].planned && entries_[i].keys) index_of[entries_[i].param] = int(i);
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
+    const auto found = index_of.find(key);
+    state_order_.push_back(found == index_of.end() ? -1 : found->second);
+  }
+  kept_.clear();
+}
+
+// Keeps a reference until the step is over.
+PyObject* Plan::keep(PyObject* owned) {
+  if (!owned) throw PythonError{};
+  kept_.emplace_back(owned);
+  return owned;
+}
+
+// The tensor that is stepped, borrowed: a DTensor's shard, or the tensor itself.
+PyObject* Plan::local(const Entry& entry, PyObject* tensor) {
+  return entry.distributed ? keep(PyObject_GetAttr(tensor, interned().local)) : tensor;
+}
+
+// The exchange API hands out the raw memory of conjugate and negative views: those are computed first.
+PyObject* Plan::resolved(PyObject* grad) {
+  const Interned& name = interned();
+  if (is_complex(Described(grad)) && keep(PyObject_CallMethodNoArgs(grad, name.is_conj)) == Py_True)
+    grad = keep(PyObject_CallMethodNoArgs(grad, name.resolve_conj));
+  if (keep(PyObject_CallMethodNoArgs(grad, name.is_neg)) == Py_True)
+    grad = keep(PyObject_CallMethodNoArgs(grad, name.resolve_neg));
+  return grad;
+}
+
+bool Plan::plan_entry(Entry& entry, PyObject* state) {
+  const GroupSpec& spec = specs_[size_t(entry.group)];
+  PyObject* grad = keep(PyObject_GetAttr(entry.param, interned().grad));
+  if (grad == Py_None) return false;
+  PyObject* param = local(entry, entry.param);
+  const Described view(param);
+  const std::vector<int> order = walking_order(view);
+  entry.update.numel = numel(view);
+  entry.is_double = view.dtype.bits == (is_complex(view) ? 128 : 64);
+  entry.param_form = plan_form(param, order, entry.update.param);
+  entry.grad_form = plan_form(resolved(local(entry, grad)), order, entry.update.grad);
+  entry.tensor_hints = uint32_t(hints_.size());
+  hint_tensor(param);
+  hint_tensor(local(entry, grad));
+  entry.state_hints = entry.end_hints = uint32_t(hints_.size());
+  if (spec.states.empty() && spec.counters.empty()) return true;
+
+  PyObject* dict = PyDict_GetItemWithError(state, entry.param);
+  if (!dict && PyErr_Occurred()) throw PythonError{};
+  return dict && plan_state(entry, dict, order);
+}
+
+void Plan::hint(const void* address, int lines) {
+  const auto* first = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(address) & ~uintptr_t(cache_line - 1));
+  for (int line = 0; line < lines; ++line) hints_.push_back(first + line * cache_line);
+}
+
+// The Python object, torch's tensor and its storage, whose addresses torch tells as `_cdata`.
+void Plan::hint_tensor(PyObject* tensor) {
+  const auto address = [](PyObject* object) {
+    const Object number(object ? PyObject_GetAttr(object, interned().cdata) : nullptr);
+    return number ? PyLong_AsVoidPtr(number.get()) : nullptr;
+  };
+  const Object storage(PyObject_CallMethodNoArgs(tensor, interned().untyped_storage));
+  hint(tensor, 2);
+  hint(address(tensor), 4);
+  hint(address(storage.get()), 2);
+  PyErr_Clear();
+}
+
+const Form* Plan::plan_form(PyObject* tensor, const std::vector<int>& order, Operand& operand) {
+  const Described view(tensor);
+  // The last forms first: a parameter, its gradient and its states are mostly of one form. The walking order follows
+  // from the parameter's strides, so that a form found must also lie alike.
+  Form form(view, order);
+  const auto same = [&](const Form& known) { return known.fits(view) && known.lies_like(form); };
+  const auto recent = forms_.end() - std::min<ptrdiff_t>(ptrdiff_t(forms_.size()), 64);
+  auto found = std::find_if(recent, forms_.end(), same);
+  if (found == forms_.end()) found = forms_.insert(forms_.end(), std::move(form));
+  operand.storage = found->storage();
+  operand.layout = found->layout();
+  return &*found;
+}
+
+bool Plan::plan_state(Entry& entry, PyObject* dict, const std::vector<int>& order) {
+  const GroupSpec& spec = specs_[size_t(entry.group)];
+  Keys keys;
+  size_t found = 0;
+  PyObject *key, *value;
+  hint(dict, 1);
+  hint(reinterpret_cast<PyDictObject*>(dict)->ma_keys, 3);
+  for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+    const char* text = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : nullptr;
+    const std::string name = text ? text : "";
+    const auto state_at = std::find(spec.states.begin(), spec.states.end(), name);
+    const auto counter_at = std::find(spec.counters.begin(), spec.counters.end(), name);
+    keys.names.emplace_back(Py_NewRef(key));
+    if (state_at != spec.states.end()) {
+      const int index = int(state_at - spec.states.begin());
+      entry.state_form[index] = plan_form(local(entry, value), order, entry.update.state[index]);
+      keys.kinds.emplace_back(Key::state, index);
+      hint_tensor(local(entry, value));
+      ++found;
+    } else if (counter_at != spec.counters.end()) {
+      keys.kinds.emplace_back(Key::counter, int(counter_at - spec.counters.begin()));
+      hint_tensor(value);
+      hint(Described(value).data, 1);
+      ++found;
+    } else {
+      keys.kinds.emplace_back(Key::ignored, 0);
+    }
+  }
+  const bool same = !keys_.empty() && keys_.back().kinds == keys.kinds && std::equal(
+      keys.names.begin(), keys.names.end(), keys_.back().names.begin(),
+      [](const Object& a, const Object& b) { return same_name(a.get(), b.get()); });
+  if (!same) keys_.push_back(std::move(keys));
+  entry.keys = &keys_.back();
+  entry.end_hints = uint32_t(hints_.size());
+  return found == spec.states.size() + spec.counters.size();
+}
+
+bool Plan::refresh(PyObject* state, PyObject* groups) {
+  if (size_t(PyList_GET_SIZE(groups)) != specs_.size()) return false;
+  size_t at_entry = 0;
+  for (size_t index = 0; index < specs_.size(); ++index) {
+    PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups, index), interned().params);
+    if (!params || !PyList_Check(params) || PyList_GET_SIZE(params) != group_sizes_[index]) return false;
+    for (Py_ssize_t i = 0; i < group_sizes_[index]; ++i, ++at_entry)
+      if (PyList_GET_ITEM(params, i) != entries_[at_entry].param) return false;
+  }
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (i + hint_distance < entries_.size()) {
+      const Entry& coming = entries_[i + hint_distance];
+      fetch_ahead(hints_.data() + coming.tensor_hints, hints_.data() + coming.state_hints);
+    }
+    if (!refresh_tensors(entries_[i])) return false;
+  }
+
+  if (size_t(PyDict_Size(state)) != state_order_.size()) return false;
+  PyObject *key, *value;
+  size_t at_key = 0;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value); ++at_key) {
+    if (at_key + hint_distance < state_order_.size() && state_order_[at_key + hint_distance] >= 0) {
+      const Entry& coming = entries_[size_t(state_order_[at_key + hint_distance])];
+      fetch_ahead(hints_.data() + coming.state_hints, hints_.data() + coming.end_hints);
+    }
+    const int index = state_order_[at_key];
+    if (index < 0) continue;
+    Entry& entry = entries_[size_t(index)];
+    if (key != entry.param || !PyDict_Check(value)) return false;
+    if (entry.active && !refresh_state(entry, value)) return false;
+  }
+  for (Entry& entry : entries_)
+    if (entry.active) find_scalars(entry);
+  return true;
+}
+
+bool Plan::refresh_tensors(Entry& entry) {
+  PyObject* grad = keep(PyObject_GetAttr(entry.param, interned().grad));
+  entry.active = grad != Py_None;
+  if (!entry.active) return true;
+  if (!entry.planned) return false;
+  grad = local(entry, grad);
+  View view;
+  if (!readable(grad, view)) return false;
+  // A negative view is the imaginary part of a conjugate, whose elements lie two apart, so that a gradient that lies in
+  // one piece as planned need not be asked. A conjugate may lie anyhow.
+  const bool in_one_piece = !entry.update.grad.layout && entry.update.numel > 1 && entry.grad_form->fits(view);
+  if (is_complex(view) || !in_one_piece) {
+    grad = resolved(grad);
+    if (!readable(grad, view) || !entry.grad_form->fits(view)) return false;
+  }
+  entry.update.grad.data = view.data;
+  PyObject* param = local(entry, entry.param);
+  keep(Py_NewRef(param));
+  if (!readable(param, view) || !entry.param_form->fits(view)) return false;
+  entry.update.param.data = view.data;
+  return true;
+}
+
+bool Plan::refresh_state(Entry& entry, PyObject* dict) {
+  if (size_t(PyDict_Size(dict)) != entry.keys->kinds.size()) return false;
+  PyObject *key, *value;
+  size_t at_key = 0;
+  for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); ++at_key) {
+    const auto [kind, index] = entry.keys->kinds[at_key];
+    if (!same_name(key, entry.keys->names[at_key].get())) return false;
+    if (kind == Key::ignored) continue;
+    PyObject* tensor = keep(Py_NewRef(kind == Key::state ? local(entry, value) : value));
+    View view;
+    if (!readable(tensor, view)) return false;
+    if (kind == Key::state) {
+      if (!entry.state_form[index]->fits(view)) return false;
+      entry.update.state[index].data = view.data;
+    } else {
+      if (!is_counter(view)) return false;
+      entry.counters[index] = {view.data, view.dtype.bits == 64};
+    }
+  }
+  return true;
+}
+
+void Plan::find_scalars(Entry& entry) {
+  double counters[max_counters];
+  size_t count = specs_[size_t(entry.group)].counters.size();
+  for (size_t i = 0; i < count; ++i) counters[i] = entry.counters[i].read();
+  // A rule without a step count still tells the first step from the others.
+  if (count == 0) counters[count++] = entry.fresh ? 0 : 1;
+  for (size_t i = scalars_.size(); i-- > 0;) {
+    const Scalars& known = scalars_[i];
+    if (known.group == entry.group && std::equal(counters, counters + count, known.counters.begin())) {
+      entry.scalars = int(i);
+      return;
+    }
+  }
+  entry.scalars = int(scalars_.size());
+  scalars_.push_back({entry.group, std::vector<double>(counters, counters + count), {}, {}});
+}
+
+void Plan::compute_scalars(PyObject* function) {
+  const auto numbers = [](PyObject* tuple, std::vector<double>& out) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i)
+      out.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(tuple, i)));
+    if (PyErr_Occurred()) throw PythonError{};
+  };
+  for (Scalars& scalars : scalars_) {
+    PyObject* arguments = keep(PyTuple_New(Py_ssize_t(scalars.counters.size() + 1)));
+    PyTuple_SET_ITEM(arguments, 0, PyLong_FromLong(scalars.group));
+    for (size_t i = 0; i < scalars.counters.size(); ++i)
+      PyTuple_SET_ITEM(arguments, Py_ssize_t(i + 1), PyFloat_FromDouble(scalars.counters[i]));
+    PyObject* result = keep(PyObject_CallObject(function, arguments));
+    numbers(PyTuple_GET_ITEM(result, 0), scalars.values);
+    const RuleInfo& rule = rules[specs_[size_t(scalars.group)].rule];
+    if (scalars.values.size() != size_t(rule.scalars)) {
+      PyErr_Format(PyExc_RuntimeError, "the native module's rule %s is not this version's; rebuild it", rule.name);
+      throw PythonError{};
+    }
+    numbers(PyTuple_GET_ITEM(result, 1), scalars.advanced);
+  }
+}
+
+Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale) {
+  if (running_) {
+    PyErr_SetString(PyExc_RuntimeError, "this optimizer's step is already running, in another thread or in its scalars");
+    throw PythonError{};
+  }
+  struct Running {
+    Plan& plan;
+    explicit Running(Plan& p) : plan(p) { plan.running_ = true; }
+    ~Running() {
+      plan.kept_.clear();
+      plan.running_ = false;
+    }
+  } running(*this);
+  scalars_.clear();
+  if (!refresh(state, groups)) return nullptr;
+  compute_scalars(scalars);
+  Object list = stepped();
+  run(threads, grad_scale);
+  return list;
+}
+
+Object Plan::stepped() const {
+  Object list(PyList_New(0));
+  for (const Entry& entry : entries_)
+    if (entry.active && (!list || PyList_Append(list.get(), entry.param))) throw PythonError{};
+  if (!list) throw PythonError{};
+  return list;
+}
+
+void Plan::run(int threads, double grad_scale) {
+  struct Work {
+    std::vector<std::pair<const Update*, UpdateRange>> updates;
+    std::vector<int64_t> first;  // elements before each update
+    int64_t total = 0;
+  } work;
+  work.updates.reserve(entries_.size());
+  work.first.reserve(entries_.size());
+  for (Entry& entry : entries_) {
+    if (!entry.active) continue;
+    const GroupSpec& spec = specs_[size_t(entry.group)];
+    entry.update.grad_scale = spec.maximize ? -grad_scale : grad_scale;
+    entry.update.scalar = scalars_[size_t(entry.scalars)].values.data();
+    const auto* table = entry.is_double ? kernels()->in_float64 : kernels()->in_float32;
+    work.updates.emplace_back(&entry.update, table[spec.rule]);
+    work.first.push_back(work.total);
+    work.total += entry.update.numel;
+  }
+  const auto task = [](void* context, int share, int shares) {
+    const Work& work = *static_cast<const Work*>(context);
+    const int64_t begin = work.total / shares * share + std::min<int64_t>(share, work.total % shares);
+    const int64_t end = work.total / shares * (share + 1) + std::min<int64_t>(share + 1, work.total % shares);
+    size_t at = size_t(std::upper_bound(work.first.begin(), work.first.end(), begin) - work.first.begin());
+    for (at -= at > 0; at < work.updates.size() && work.first[at] < end; ++at) {
+      const auto [update, kernel] = work.updates[at];
+      const int64_t from = std::max<int64_t>(begin - work.first[at], 0);
+      const int64_t to = std::min(end - work.first[at], update->numel);
+      if (from < to) kernel(*update, from, to);
+    }
+  };
+  const int64_t useful = (work.total + elements_per_thread - 1) / elements_per_thread;
+  Py_BEGIN_ALLOW_THREADS;
+  const int team = int(std::min<int64_t>(threads, useful));
+  parallel(team, team > 1 ? team * shares_per_thread : 1, task, &work);
+  Py_END_ALLOW_THREADS;
+
+  for (Entry& entry : entries_) {
+    if (!entry.active) continue;
+    const std::vector<double>& advanced = scalars_[size_t(entry.scalars)].advanced;
+    for (size_t i = 0; i < specs_[size_t(entry.group)].counters.size(); ++i) entry.counters[i].write(advanced[i]);
+    entry.fresh = false;
+  }
+}
+
+}  // namespace fusedopt

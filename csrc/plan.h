@@ -1,0 +1,122 @@
+// An optimizer's step over all its parameters.
+//
+// A plan fixes the form of every tensor: shape, strides, dtype, the order of keys in the state. Each step walks the
+// optimizer's own containers, checks that the form still holds and takes the addresses anew; nothing is remembered by
+// object identity and no tensor is kept alive. Where the form changed the step is declined before anything is
+// written, and Python, which has the good error messages, makes a new plan.
+#pragma once
+
+#include <Python.h>
+
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "tensor.h"
+
+namespace fusedopt {
+
+constexpr int max_counters = 2;
+
+// What the entries of one parameter group share.
+struct GroupSpec {
+  int rule;
+  bool maximize;
+  std::vector<std::string> states;    // the rule's, in order
+  std::vector<std::string> counters;  // zero-dimensional tensors that `scalars` reads and advances, like `step`
+};
+
+// The order of FUSEDOPT_RULES.
+int find_rule(const std::string& name);  // -1 where there is none
+
+// The kernels in use: the machine's best unless another was asked for.
+const Kernels* kernels();
+bool use_kernels(const std::string& name);
+
+// Python's exception is set.
+struct PythonError {};
+
+class Plan {
+ public:
+  // `state` is the optimizer's dict parameter -> dict, `groups` its param_groups. Parameters in `fresh` are at their
+  // first step. Parameters without a gradient or without state take no part until there is a new plan.
+  Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* fresh);
+
+  // One step. `scalars(group, *counters)` returns the rule's scalars and the advanced counters, and is called once
+  // for each distinct combination. Returns a new list of the parameters that were stepped, or a null pointer where the
+  // plan no longer fits; nothing has changed then.
+  Object step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale);
+
+ private:
+  enum class Key : uint8_t { ignored, state, counter };
+
+  // A zero-dimensional float32 or float64 tensor.
+  struct Counter {
+    void* data = nullptr;
+    bool is_double = false;
+    double read() const { return is_double ? *static_cast<double*>(data) : *static_cast<float*>(data); }
+    void write(double value) const {
+      is_double ? *static_cast<double*>(data) = value : *static_cast<float*>(data) = float(value);
+    }
+  };
+
+  // The keys of a parameter's state dict, in its order: what each is, and which of its kind.
+  struct Keys {
+    std::vector<std::pair<Key, int>> kinds;
+    std::vector<Object> names;
+  };
+
+  struct Entry {
+    PyObject* param;  // borrowed from the group's list, which is compared before it is used
+    int group;
+    int scalars = 0;            // index into scalars_
+    bool distributed;           // a DTensor: its local shard is stepped
+    bool planned = false;       // has gradient and state
+    bool active = false;        // takes part in this step
+    bool fresh = false;
+    bool is_double = false;
+    Update update;
+    const Form *param_form, *grad_form, *state_form[max_states];
+    const Keys* keys = nullptr;
+    Counter counters[max_counters];
+    // Ranges of hints_: what refresh_tensors and refresh_state will touch.
+    uint32_t tensor_hints = 0, state_hints = 0, end_hints = 0;
+  };
+
+  struct Scalars {
+    int group;
+    std::vector<double> counters, values, advanced;
+  };
+
+  bool plan_entry(Entry& entry, PyObject* state);
+  bool plan_state(Entry& entry, PyObject* dict, const std::vector<int>& order);
+  const Form* plan_form(PyObject* tensor, const std::vector<int>& order, Operand& operand);
+  bool refresh(PyObject* state, PyObject* groups);
+  bool refresh_state(Entry& entry, PyObject* dict);
+  bool refresh_tensors(Entry& entry);
+  void hint(const void* address, int lines);
+  void hint_tensor(PyObject* tensor);
+  void find_scalars(Entry& entry);
+  void compute_scalars(PyObject* function);
+  void run(int threads, double grad_scale);
+  Object stepped() const;
+  PyObject* local(const Entry& entry, PyObject* tensor);
+  PyObject* resolved(PyObject* grad);
+  PyObject* keep(PyObject* owned);
+
+  bool running_ = false;
+  std::vector<GroupSpec> specs_;
+  std::vector<Py_ssize_t> group_sizes_;
+  std::vector<Entry> entries_;         // in the order of the groups
+  // Most tensors of a model share few forms; apart, they would not stay in the cache.
+  std::deque<Form> forms_;
+  std::deque<Keys> keys_;
+  // Cache lines to fetch ahead: a model's tensor objects are cold after its backward pass, and reading forty lines of
+  // each in turn costs more than the update of a small tensor. Only hints: never followed, harmless when out of date.
+  std::vector<const void*> hints_;
+  std::vector<int> state_order_;       // entry of each key of the optimizer's state, or -1
+  std::vector<Scalars> scalars_;       // of this step
+  std::vector<Object> kept_;           // during a step: gradients, and tensors that another thread might drop
+};
+
+}  // namespace fusedopt

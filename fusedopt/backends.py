@@ -1,0 +1,237 @@
+"""The backends: what each serves, which one is chosen, and the eager reference."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .binding import Rule
+from .codecs import STORAGE_DTYPES, decode, encode
+
+
+@dataclass
+class Update:
+    """One parameter's share of a step, for any backend. Tensors are plain: a DTensor comes as its local shard."""
+
+    rule: Rule
+    param: Tensor
+    grad: Tensor
+    states: list[Tensor]
+    scalars: tuple[float, ...]
+    grad_scale: float = 1.0
+
+
+class Backend:
+    """A way to run a step."""
+
+    name: str
+    summary: str
+
+    def unavailable(self) -> str | None:
+        """None when it can run here, else the reason and the remedy."""
+        raise NotImplementedError
+
+    def refuses(self, param: Tensor) -> str | None:
+        """None when it can step this parameter, else the reason."""
+        raise NotImplementedError
+
+
+class Cpu(Backend):
+    """The native module. Its steps are planned and run by `fusedopt._native.Plan`."""
+
+    name = "cpu"
+    summary = "native SIMD and threads, for tensors on the CPU"
+
+    def unavailable(self) -> str | None:
+        try:
+            native()
+        except ImportError as error:
+            return (
+                f"the native module does not load ({error}); install a C++ compiler and reinstall fusedopt "
+                "with FUSEDOPT_NATIVE=1 to see why it does not build"
+            )
+        return None
+
+    def refuses(self, param: Tensor) -> str | None:
+        if param.device.type != "cpu":
+            return f"it is on {param.device}, and the cpu backend steps tensors on the CPU"
+        if param.is_neg() or param.is_conj():
+            return "it is a negative or conjugate view, which has no memory of its own values to update"
+        if _dispatches(param):
+            return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
+        return None
+
+
+class Eager(Backend):
+    """The reference: one torch operation after another. Its results define every other backend's."""
+
+    name = "eager"
+    summary = "the reference, in torch operations, for any device"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def refuses(self, param: Tensor) -> str | None:
+        return None
+
+    @staticmethod
+    @torch.no_grad()
+    def step(update: Update) -> None:
+        double = update.param.dtype in (torch.float64, torch.complex128)
+        dtype = torch.float64 if double else torch.float32
+        scalars = update.scalars if double else tuple(ctypes.c_float(value).value for value in update.scalars)
+        grad = decode(update.grad, dtype)
+        if update.grad_scale != 1:
+            grad = grad * (update.grad_scale if double else ctypes.c_float(update.grad_scale).value)
+        stored = [update.param, *update.states]
+        values = [decode(tensor, dtype) for tensor in stored]
+        for tensor, result in zip(stored, update.rule.reference(values[0], grad, *values[1:], *scalars), strict=True):
+            encode(result, tensor)
+
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Eager())}
+"""Every backend by name, fastest first."""
+
+
+@functools.cache
+def native() -> ModuleType:
+    """The native module, loaded on first use.
+
+    Raises:
+        ImportError: it was not built, or does not load.
+    """
+    # A sanitizer's build is tested through this variable, in place of the installed module.
+    directory = os.environ.get("FUSEDOPT_NATIVE_PATH")
+    if directory:
+        module = _load(sorted(Path(directory).glob("_native*.so")), directory)
+    else:
+        module = importlib.import_module("fusedopt._native")
+    module.use_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+    return module
+
+
+def _load(found: list[Path], directory: str) -> ModuleType:
+    if not found:
+        raise ImportError(f"FUSEDOPT_NATIVE_PATH={directory!r} holds no _native*.so")
+    spec = importlib.util.spec_from_file_location("fusedopt._native", found[0])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _dispatches(tensor: Tensor) -> bool:
+    """Whether operations on `tensor` are intercepted, so that its address means nothing."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("fusedopt_backend", default=None)
+
+
+def check_backend(name: str | None, where: str) -> str | None:
+    """`name`, if it is None or a backend that runs here.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it cannot run here; the message has the reason and the remedy.
+    """
+    if name is None:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].unavailable()
+    if reason:
+        raise RuntimeError(f"{where}: the backend {name!r} cannot run here: {reason}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the steps inside the `with` block on this backend; an optimizer's own `backend=` goes before it.
+
+    Raises:
+        ValueError, RuntimeError: as `check_backend`.
+    """
+    token = _override.set(check_backend(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def requested_backend() -> str | None:
+    """What `use_backend` or FUSEDOPT_BACKEND asks for; None to choose automatically."""
+    return _override.get() or _from_environment()
+
+
+@functools.cache
+def _from_environment() -> str | None:
+    return check_backend(os.environ.get("FUSEDOPT_BACKEND") or None, "FUSEDOPT_BACKEND")
+
+
+def choose(param: Tensor, requested: str | None, what: str) -> Backend:
+    """The backend that steps `param`: the requested one, or the fastest that can.
+
+    Raises:
+        RuntimeError: the requested backend cannot step this parameter, named `what`.
+    """
+    if requested is not None:
+        reason = BACKENDS[requested].refuses(param)
+        if reason:
+            raise RuntimeError(f"backend={requested!r} cannot step {what}: {reason}")
+        return BACKENDS[requested]
+    usable = (backend for backend in BACKENDS.values() if not backend.refuses(param) and not backend.unavailable())
+    return next(usable)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backends here; prints as a table, and iterates over rows of (name, status, what it serves)."""
+
+    rows: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[tuple[str, str, str]]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _, _ in self.rows)
+        lines = []
+        for name, status, serves in self.rows:
+            lines += [f"{name:<{width}}  {serves}", f"{'':<{width}}  {status}"]
+        return "\n".join([*lines, *self.notes])
+
+
+def explain() -> Explanation:
+    """Which backend serves what on this machine, and why the others do not."""
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES)
+    rows = []
+    for backend in BACKENDS.values():
+        reason = backend.unavailable()
+        status = f"does not run: {reason}" if reason else "runs"
+        if backend.name == "cpu" and not reason:
+            module = native()
+            others = ", ".join(module.instruction_sets())
+            status = (
+                f"runs: {module.instruction_set()} (of {others}), {torch.get_num_threads()} thread(s), "
+                f"threads: {module.thread_runtime()}"
+            )
+        rows.append((backend.name, status, backend.summary))
+    requested = requested_backend()
+    notes = (
+        f"in use: {requested or 'the first that can step the parameter'}",
+        f"every backend: every rule, any mix of {dtypes}; complex64, complex128",
+    )
+    return Explanation(tuple(rows), notes)

@@ -1,0 +1,415 @@
+"""The base class: parameter groups, state, the step and the state_dict."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import _profiler_enabled
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from . import _checks
+from .backends import Backend, Cpu, Eager, Update, check_backend, choose, native, requested_backend
+from .binding import Rule
+from .codecs import STATE_DTYPES, state_dtype
+
+Group = dict[str, Any]
+Number = Any
+"""A float, or a zero-dimensional float64 tensor: `scalars` computes on either."""
+
+# What a group of an old checkpoint that lacks an option means by it, as in torch.
+_ABSENT = {
+    "amsgrad": False,
+    "capturable": False,
+    "centered": False,
+    "decoupled_weight_decay": False,
+    "differentiable": False,
+    "foreach": None,
+    "fused": None,
+    "maximize": False,
+    "momentum": 0,
+    "nesterov": False,
+}
+
+# Options that decide what a plan does, beside the rule.
+_PLANNED_OPTIONS = ("maximize", "state_dtype", "capturable", "differentiable")
+
+
+@dataclass
+class _Entry:
+    """A parameter that takes part in this step."""
+
+    group: int
+    param: Tensor
+    what: str  # its name, for messages
+    rule: Rule
+    backend: Backend
+    counters: tuple[float, ...]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of every optimizer here. A subclass declares `states`, `rule` and `scalars`.
+
+    Args:
+        params: parameters, named parameters or groups, as for `torch.optim.Optimizer`.
+        defaults: the options of a group that does not set them.
+        state_dtype: storage of the states: None for torch's choice (the parameter's dtype), "float32", or "bfloat16"
+            (signed states only; unsigned ones, like second moments, are then float32).
+        backend: None for the fastest that serves a parameter, or the name of one.
+
+    Raises:
+        ValueError: an option is not valid, or there is no such backend.
+        RuntimeError: the backend cannot run here.
+    """
+
+    torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
+    """The counterpart in torch.optim."""
+
+    states: ClassVar[Mapping[str, str]] = {}
+    """Every state a rule of this class may use, and its kind: "signed" or "unsigned"."""
+
+    counters: ClassVar[Mapping[str, float]] = {"step": 0.0}
+    """Zero-dimensional CPU tensors in the state that `advance` counts on, and their first values."""
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], *, state_dtype: str | None = None, backend: str | None = None
+    ):
+        self._backend = check_backend(backend, "backend")
+        self._plan: Any = None
+        self._planned: list[tuple[Any, ...]] = []
+        super().__init__(params, {**defaults, "state_dtype": state_dtype})
+        if defaults.get("fused"):
+            # As torch: GradScaler then leaves unscaling and skipping to the step.
+            self._step_supports_amp_scaling = True
+
+    # --- what a subclass declares ---
+
+    def rule(self, group: Group) -> Rule:
+        """The update rule of this group's parameters."""
+        raise NotImplementedError
+
+    def scalars(self, group: Group, step: Number) -> dict[str, Number]:
+        """The rule's scalars by name, in double. `step` counts from 1 (and so do other counters, advanced)."""
+        raise NotImplementedError
+
+    def advance(self, group: Group, step: Number) -> tuple[Number, ...]:
+        """The counters of the coming step from those of the last."""
+        return (step + 1,)
+
+    def initial(self, name: str) -> float:
+        """The first value of a state."""
+        return 0.0
+
+    # --- groups ---
+
+    def add_param_group(self, param_group: Group) -> None:
+        check_state_dtype(param_group.get("state_dtype", self.defaults["state_dtype"]))
+        if param_group.get("differentiable", self.defaults.get("differentiable")):
+            raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
+        super().add_param_group(param_group)
+
+    # --- the step ---
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: a gradient, state or hyperparameter is not valid; every parameter and
+                state is then as it was.
+        """
+        # torch's wrapper for hooks and the profiler costs more than stepping a small model, so it is entered only
+        # where there is a hook or a profiler.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _profiler_enabled()
+        ):
+            return self._hooked_step() if closure is None else self._hooked_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # GradScaler sets these two while it steps an optimizer that supports scaling.
+        found_inf, scale = self.__dict__.get("found_inf"), self.__dict__.get("grad_scale")
+        if found_inf is not None and found_inf.item():
+            return loss
+        self._update(1.0 if scale is None else 1.0 / scale.item())
+        return loss
+
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+    @torch._disable_dynamo
+    def _update(self, grad_scale: float) -> None:
+        requested = self._backend or requested_backend()
+        form = [
+            (self.rule(group), requested, *[group.get(option) for option in _PLANNED_OPTIONS])
+            for group in self.param_groups
+        ]
+        fits = self._plan is not None and form == self._planned
+        if not (fits and self._run(self._plan, self.state, self.param_groups, self._scalars, grad_scale)):
+            self._plan = None
+            self._replan(form, requested, grad_scale)
+
+    @staticmethod
+    def _run(plan: Any, state: Any, groups: list[Group], scalars: Any, grad_scale: float) -> bool:
+        """False where the plan does not fit."""
+        stepped = plan.step(state, groups, scalars, torch.get_num_threads(), grad_scale)
+        if stepped is None:
+            return False
+        # So that autograd refuses a backward through values saved before the step, as after any update in place.
+        increment_version(stepped)
+        return True
+
+    def _scalars(self, index: int, *counters: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """A group's scalars in its rule's order, and its counters advanced."""
+        group = _without_tensors(self.param_groups[index])
+        advanced = self.advance(group, *counters)
+        named = self.scalars(group, *advanced)
+        values = tuple([float(named[name]) for name in self.rule(group).scalars])
+        if any(map(math.isnan, values)):
+            raise ValueError(_checks.nan_hyperparameter(group, index))
+        return values, advanced
+
+    def _replan(self, form: list[tuple[Any, ...]], requested: str | None, grad_scale: float) -> None:
+        """A step from scratch: check everything, then create missing state, then plan and run."""
+        entries = list(self._entries(requested))
+        if not entries:
+            return
+        for group, counters in {(entry.group, entry.counters) for entry in entries}:
+            self._scalars(group, *counters)  # raises, while nothing has changed, where a hyperparameter is not valid
+        for entry in entries:
+            self._init_state(entry.param, self.param_groups[entry.group])
+        repeated = len({entry.param for entry in entries}) < len(entries)
+        if repeated:
+            # torch warns of a parameter that is in a group twice, and steps it twice.
+            seen = set()
+            for entry in entries:
+                if entry.param in seen:
+                    entry.counters = self._count(self.state.get(entry.param, {}), entry.rule, entry.what)
+                seen.add(entry.param)
+                self._run_once([entry], grad_scale)
+        elif all(isinstance(entry.backend, Cpu) for entry in entries) and self._is_plannable():
+            self._plan = self._make_plan(self.state, self.param_groups, entries)
+            self._planned = form
+            self._run_new(self._plan, self.state, self.param_groups, self._scalars, grad_scale)
+        else:
+            self._run_once(entries, grad_scale)
+
+    def _is_plannable(self) -> bool:
+        """Whether the containers are those torch makes; a plan walks them natively."""
+        lists = isinstance(self.state, dict) and type(self.param_groups) is list
+        return lists and all(type(group["params"]) is list for group in self.param_groups)
+
+    def _run_once(self, entries: list[_Entry], grad_scale: float) -> None:
+        """A step of these parameters alone, each on its own backend."""
+        on_cpu = [entry for entry in entries if isinstance(entry.backend, Cpu)]
+        if on_cpu:
+            state = {entry.param: self.state.get(entry.param, {}) for entry in on_cpu}
+            # Each parameter in a group of its own, to keep the order.
+            groups = [{**self.param_groups[entry.group], "params": [entry.param]} for entry in on_cpu]
+
+            def scalars(index: int, *counters: float) -> Any:
+                return self._scalars(on_cpu[index].group, *counters)
+
+            self._run_new(self._make_plan(state, groups, on_cpu), state, groups, scalars, grad_scale)
+        for entry in entries:
+            if not isinstance(entry.backend, Cpu):
+                self._step_eagerly(entry, grad_scale)
+
+    def _make_plan(self, state: Any, groups: list[Group], entries: list[_Entry]) -> Any:
+        specs = [
+            (rule.name, bool(group.get("maximize", False)), list(rule.states), list(self.counters))
+            for group in groups
+            for rule in [self.rule(group)]
+        ]
+        fresh = {entry.param for entry in entries if entry.counters == (0.0,)}
+        return native().Plan(specs, state, groups, fresh)
+
+    def _run_new(self, plan: Any, *arguments: Any) -> None:
+        if not self._run(plan, *arguments):
+            raise RuntimeError(
+                f"{type(self).__name__}: the native backend declined tensors that passed every check; please report "
+                "this, and use backend='eager' meanwhile"
+            )
+
+    def _step_eagerly(self, entry: _Entry, grad_scale: float) -> None:
+        scalars, advanced = self._scalars(entry.group, *entry.counters)
+        state = self.state.get(entry.param, {})
+        states = [local_shard(state[name]) for name in entry.rule.states]
+        sign = -1.0 if self.param_groups[entry.group].get("maximize") else 1.0
+        assert entry.param.grad is not None
+        grad = local_shard(entry.param.grad)
+        Eager.step(Update(entry.rule, local_shard(entry.param), grad, states, scalars, sign * grad_scale))
+        for name, value in zip(self.counters, advanced):
+            state[name].fill_(value)
+
+    def _entries(self, requested: str | None) -> Iterator[_Entry]:
+        """Every parameter with a gradient, checked."""
+        for index, group in enumerate(self.param_groups):
+            if group.get("capturable"):
+                raise RuntimeError(_checks.NOT_CAPTURABLE)
+            if group.get("differentiable"):
+                raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
+            check_state_dtype(group["state_dtype"])
+            rule = self.rule(group)
+            for param, what in zip(group["params"], parameter_names(group, index)):
+                if param.grad is None:
+                    continue
+                _checks.check_param(param, local_shard(param), what)
+                _checks.check_grad(param, param.grad, type(self).__name__, what)
+                state = self.state.get(param, {})
+                _checks.check_state(param, {name: state[name] for name in rule.states if name in state}, what)
+                backend = choose(local_shard(param), requested, what)
+                yield _Entry(index, param, what, rule, backend, self._count(state, rule, what))
+
+    def _count(self, state: Mapping[str, Any], rule: Rule, what: str) -> tuple[float, ...]:
+        """The counters' values. A class without any still tells the first step, 0, from the others, 1."""
+        if not self.counters:
+            return (0.0 if any(state.get(name) is None for name in rule.states) else 1.0,)
+        _checks.check_counters({name: state[name] for name in self.counters if name in state}, what)
+        return tuple(float(state.get(name, first)) for name, first in self.counters.items())
+
+    def _init_state(self, param: Tensor, group: Group) -> None:
+        """Create what the parameter's state lacks, and bring its counters to the CPU."""
+        rule = self.rule(group)
+        if not rule.states and not self.counters:
+            return
+        state = self.state[param]
+        for name, first in self.counters.items():
+            state[name] = _counter(state.get(name, first))
+        for name in rule.states:
+            if state.get(name) is None:
+                state[name] = self._new_state(name, param, group["state_dtype"])
+
+    def _new_state(self, name: str, param: Tensor, option: str | None) -> Tensor:
+        first = self.initial(name)
+        dtype = state_dtype(option, self.states[name], param.dtype)
+        value = complex(first, first) if dtype.is_complex else first
+        return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+    # --- state_dict, pickle ---
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        declared = set(state.get("defaults", self.__dict__.get("defaults", ())))
+        super().__setstate__(state)
+        # torch adds an option here that not every class has.
+        self.defaults = {name: value for name, value in self.defaults.items() if name in declared}
+        self.__dict__.setdefault("_backend", None)
+        self._plan, self._planned = None, []
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, _ABSENT.get(name, default))
+            for param in group["params"]:
+                own = self.state.get(param, {})
+                own.update({name: _counter(own[name]) for name in self.counters if name in own})
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict saved by this class or its torch.optim counterpart.
+
+        Every tensor is copied. A loaded state keeps its dtype, unless `state_dtype` asks for another; torch would cast
+        it to the parameter's. How state is stored is this optimizer's choice, not the checkpoint's.
+
+        Raises:
+            ValueError: the groups do not match, or a state is not of its parameter's shape; nothing has changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        saved_groups = copy.deepcopy(state_dict["param_groups"])
+        _checks.check_groups(self.param_groups, saved_groups)
+        owner = {}
+        for index, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            for key, param, what in zip(saved_group["params"], group["params"], parameter_names(group, index)):
+                owner[key] = (param, group["state_dtype"], what)
+            saved_group["params"] = group["params"]
+            saved_group["state_dtype"] = group["state_dtype"]
+            if "param_names" in group:
+                saved_group.setdefault("param_names", group["param_names"])
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, saved in state_dict["state"].items():
+            if key in owner:
+                param, option, what = owner[key]
+                state[param] = {
+                    name: self._load_value(name, value, param, option, what)
+                    for name, value in saved.items()
+                    if value is not None
+                }
+            else:
+                state[key] = saved
+        self.__setstate__({"state": state, "param_groups": saved_groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_value(self, name: str, value: Any, param: Tensor, option: str | None, what: str) -> Any:
+        if name in self.counters:
+            _checks.check_counters({name: value}, what)
+            return _counter(value).clone()
+        if name not in self.states:
+            return value.to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        _checks.check_state(param, {name: value}, what, same_device=False)
+        dtype = value.dtype if option is None else state_dtype(option, self.states[name], param.dtype)
+        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
+
+
+def check_state_dtype(option: str | None) -> None:
+    """Raises ValueError where `option` is no `state_dtype`."""
+    if option not in STATE_DTYPES:
+        known = ", ".join(repr(dtype) for dtype in STATE_DTYPES)
+        raise ValueError(f"state_dtype={option!r} is not supported; use one of {known}")
+
+
+def parameter_names(group: Group, index: int) -> list[str]:
+    """What messages call the parameters of group number `index`."""
+    names = [f"parameter {name!r}" for name in group.get("param_names", ())]
+    # A parameter appended to the list afterwards has no name.
+    return names + [f"parameter {position} of group {index}" for position in range(len(names), len(group["params"]))]
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """A DTensor's shard, or the tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _counter(value: Any) -> Tensor:
+    """`value` as a counter: its own tensor where that is one already."""
+    if isinstance(value, Tensor) and value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
+        return value.detach() if value.requires_grad else value
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.tensor(float(value), dtype=dtype, device="cpu")
+
+
+def _without_tensors(group: Group) -> Group:
+    """The group with one-element tensors, like a tensor lr, as numbers."""
+    if isinstance(group["lr"], float) and not isinstance(group.get("weight_decay"), Tensor):
+        if not any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+            return group
+    number = {name: _number(value) for name, value in group.items() if name not in ("params", "param_names")}
+    return {**group, **number}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return tuple(map(_number, value)) if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""Triton kernels. Importing this package loads no Triton: each module does, on first use."""

@@ -1,0 +1,173 @@
+"""One of the two processes of test_distributed.py: `ranks.py RANK WORLD FOLDER`.
+
+They step the shards of what one process steps whole, to the same bits.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from configs import CONFIGS
+from helpers import assert_same_bits
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+
+import fusedopt
+from fusedopt.backends import BACKENDS
+
+CASES: list[tuple[Any, dict[str, Any]]] = [
+    (fusedopt.AdamW, CONFIGS["AdamW"][-1]),
+    (fusedopt.SGD, CONFIGS["SGD"][-1]),
+    (fusedopt.NAdam, {**CONFIGS["NAdam"][0], "state_dtype": "bfloat16"}),
+]
+
+
+def make_model() -> torch.nn.Module:
+    """Rows that two do not divide, and a layer of one row: the second process has nothing of it."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)
+    )
+
+
+def make_sharded() -> torch.nn.Module:
+    model = make_model()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in (model[0], model[2], model[4]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(sharded: torch.nn.Module, optimizer: Any, steps: range, whole: torch.nn.Module, expected: Any) -> None:
+    """Steps of both, the whole one with the gradients of the sharded one put together."""
+    for step in steps:
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        sharded(torch.randn(6, 5)).square().mean().backward()
+        for param, shards in zip(whole.parameters(), sharded.parameters(), strict=True):
+            param.grad = shards.grad.full_tensor()
+            assert param.grad.any()
+        optimizer.step()
+        expected.step()
+
+
+def assert_equal(sharded: torch.nn.Module, optimizer: Any, whole: torch.nn.Module, expected: Any) -> None:
+    """The same parameters and states, which are sharded as their parameters are."""
+    for (name, shards), param in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        assert_same_bits(shards.full_tensor(), param.detach(), name)
+        states = optimizer.state[shards]
+        assert list(states) == list(expected.state[param])
+        for key, state in states.items():
+            if key not in optimizer.counters:
+                assert isinstance(state, DTensor) and state.placements == shards.placements
+                state = state.full_tensor()
+            assert_same_bits(state, expected.state[param][key], f"{key} of {name}")
+
+
+def check_sharded(cls: Any, config: dict[str, Any], backend: str) -> None:
+    sharded, whole = make_sharded(), make_model()
+    optimizer = cls(sharded.parameters(), **config, backend=backend)
+    expected = cls(whole.parameters(), **config, backend=backend)
+    train(sharded, optimizer, range(4), whole, expected)
+    assert_equal(sharded, optimizer, whole, expected)
+    saved, reference = optimizer.state_dict(), expected.state_dict()
+    assert saved["param_groups"] == reference["param_groups"] and saved["state"].keys() == reference["state"].keys()
+
+    # A sharded checkpoint, by torch's own functions and by state_dict; then training goes on.
+    for resume in ("distributed", "state_dict"):
+        resumed = cls(sharded.parameters(), lr=99.0, backend=backend, state_dtype=config.get("state_dtype"))
+        if resume == "distributed":
+            set_optimizer_state_dict(sharded, resumed, get_optimizer_state_dict(sharded, optimizer))
+        else:
+            resumed.load_state_dict(saved)
+        assert_equal(sharded, resumed, whole, expected)
+    train(sharded, resumed, range(4, 6), whole, expected)
+    assert_equal(sharded, resumed, whole, expected)
+
+
+def check_swap(backend: str) -> None:
+    """torch's own AdamW swapped amid training goes on from its sharded state."""
+    sharded, whole = make_sharded(), make_model()
+    optimizer: Any = torch.optim.AdamW(sharded.parameters(), lr=0.125)
+    expected: Any = torch.optim.AdamW(whole.parameters(), lr=0.125, foreach=False)
+    train(sharded, optimizer, range(2), whole, expected)
+    # torch's two steps may differ in rounding; from here on the whole one starts where the sharded one is.
+    for shards, param in zip(sharded.parameters(), whole.parameters(), strict=True):
+        param.data.copy_(shards.full_tensor())
+        for key, state in optimizer.state[shards].items():
+            expected.state[param][key].copy_(state.full_tensor() if isinstance(state, DTensor) else state)
+    fusedopt.swap(optimizer, backend=backend)
+    fusedopt.swap(expected, backend=backend)
+    train(sharded, optimizer, range(2, 4), whole, expected)
+    assert_equal(sharded, optimizer, whole, expected)
+
+
+def check_placement() -> None:
+    """A gradient placed unlike its parameter is refused by name before anything changes."""
+    sharded = make_sharded()
+    optimizer = fusedopt.AdamW(sharded.named_parameters())
+    sharded(torch.ones(6, 5)).sum().backward()
+    weight = sharded[2].weight
+    weight.grad = weight.grad.redistribute(placements=[torch.distributed.tensor.Replicate()])
+    before = [param.full_tensor().clone() for param in sharded.parameters()]
+    with pytest.raises(ValueError, match="gradient of parameter '2.weight' is placed .*redistribute the gradient"):
+        optimizer.step()
+    assert not optimizer.state
+    for param, value in zip(sharded.parameters(), before, strict=True):
+        assert torch.equal(param.full_tensor(), value)
+
+
+def check_zero(cls: Any, config: dict[str, Any]) -> None:
+    """`ZeroRedundancyOptimizer` constructs the class by keyword, and steps a part of the parameters in each process."""
+    model, whole = make_model(), make_model()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, **config)
+    expected = cls(whole.parameters(), **config)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = expected.param_groups[0]["lr"] = 0.125 / (step + 1)
+        torch.manual_seed(step)
+        for param, other in zip(model.parameters(), whole.parameters(), strict=True):
+            param.grad = torch.randn(param.shape)
+            other.grad = param.grad.clone()
+        optimizer.step()
+        expected.step()
+    for param, other in zip(model.parameters(), whole.parameters(), strict=True):
+        assert_same_bits(param.detach(), other.detach())
+    optimizer.consolidate_state_dict(to=0)
+    if distributed.get_rank() == 0:
+        state = optimizer.state_dict()["state"]
+        for index, other in enumerate(whole.parameters()):
+            assert list(state[index]) == list(expected.state[other])
+            for name, value in state[index].items():
+                assert_same_bits(value, expected.state[other][name], name)
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=50),
+    )
+    for backend in BACKENDS:
+        if BACKENDS[backend].unavailable() is None:
+            for cls, config in CASES:
+                check_sharded(cls, config, backend)
+            check_swap(backend)
+    check_placement()
+    for cls, config in CASES:
+        check_zero(cls, config)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

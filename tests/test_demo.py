@@ -1,0 +1,180 @@
+"""`fusedopt demo` on its tiny model, that model itself, and the examples."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import fusedopt
+from fusedopt.bench.demo import FIRST_STEPS, demo
+from fusedopt.bench.model import SIZES, Llama, rotary_angles, rotate, warmup_cosine
+
+EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/*.py"))
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    """`--threads` is the process's."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> Result:
+    """The command with what every test wants; a later argument of the same name overrules."""
+    common = ["--model", "tiny", "--steps", "4", "--threads", "1", "--output", str(folder / "chart.png")]
+    return CliRunner().invoke(demo, [*common, *arguments], env=env)
+
+
+def results(folder: Path, *arguments: str) -> dict[str, Any]:
+    path = folder / "result.json"
+    result = run(folder, "--json", str(path), *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(path.read_text())
+
+
+def test_prints_and_draws(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert result.exit_code == 0, result.output
+    for words in ("step 4 of 4", "torch AdamW", "fusedopt", "torch fused", "optimizer, ms a step", "The same training"):
+        assert words in result.output
+    assert max(map(len, result.output.splitlines()[:-2])) <= 80  # the tables fit a terminal
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shows_bars_on_a_terminal(tmp_path: Path) -> None:
+    result = run(tmp_path, env={"FORCE_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert "4/4" in result.output
+    assert "step 4 of 4" not in result.output
+
+
+def test_json(tmp_path: Path) -> None:
+    result = results(tmp_path)
+    assert (result["format"], result["version"]) == ("fusedopt-demo", 1)
+    assert set(result) == {"format", "version", "environment", "config", "runs", "fused_optimizer_ms", "comparison"}
+    assert result["config"]["settings"] == {"lr": 1e-3, "weight_decay": 0.1}
+    first, second = result["runs"]
+    parameters = result["config"]["parameters"]
+    for side in (first, second):
+        assert len(side["losses"]) == 4
+        assert all(0 < loss < 10 for loss in (*side["losses"], side["validation_loss"]))
+        assert set(side["median_ms"]) == {"forward", "backward", "optimizer", "step"}
+        assert side["seconds"] >= 4e-3 * min(side["median_ms"].values())
+        assert 8 * parameters <= side["state_bytes"] <= 8.1 * parameters
+    assert first["losses"][0] == second["losses"][0]  # the same weights, the same batch
+    assert result["comparison"]["same"]
+    assert result["comparison"]["max_loss_difference"] == max(
+        abs(a - b) for a, b in zip(first["losses"], second["losses"], strict=True)
+    )
+
+
+def test_seed_decides(tmp_path: Path) -> None:
+    one, again, other = (results(tmp_path, "--seed", seed) for seed in ("1", "1", "2"))
+    losses = [[side["losses"] for side in result["runs"]] for result in (one, again, other)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("name", list(fusedopt.optim.OPTIMIZERS))
+def test_every_optimizer(tmp_path: Path, name: str) -> None:
+    first, second = results(tmp_path, "--optimizer", name)["runs"]
+    assert first["label"] == ("eager" if fusedopt.optim.OPTIMIZERS[name].torch_class is None else f"torch {name}")
+    assert second["label"] == "fusedopt"
+
+
+def test_state_dtype(tmp_path: Path) -> None:
+    first, second = results(tmp_path, "--state-dtype", "bfloat16")["runs"]
+    assert second["state_bytes"] < 0.8 * first["state_bytes"]
+
+
+def test_notices_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for weight_decay in (0.0, math.nan):
+
+        def swap(optimizer: torch.optim.Optimizer, weight_decay: float = weight_decay) -> torch.optim.Optimizer:
+            optimizer.param_groups[0]["weight_decay"] = weight_decay
+            return optimizer
+
+        monkeypatch.setattr(fusedopt, "swap", swap)
+        result = run(tmp_path, "--steps", str(FIRST_STEPS))
+        assert result.exit_code == 1
+        assert "not the same training" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optimizer", "Adan"], "AdamW"),
+        (["--state-dtype", "int3"], "int3"),
+        (["--steps", "1"], "--steps"),
+        (["--threads", "0"], "--threads"),
+        (["--output", "no/such/folder/chart.png"], "no/such/folder/chart.png cannot be written"),
+        (["--json", "no/such/folder/result.json"], "no/such/folder/result.json cannot be written"),
+    ],
+)
+def test_refuses_before_training(tmp_path: Path, arguments: list[str], words: str) -> None:
+    result = run(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_backend_that_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise RuntimeError("FUSEDOPT_BACKEND: the backend 'cpu' cannot run here: no compiler")
+
+    monkeypatch.setattr("fusedopt.bench.demo.requested_backend", refuse)
+    result = run(tmp_path)
+    assert (result.exit_code, "no compiler" in result.output) == (1, True)
+
+
+def test_checking_a_path_keeps_the_file(tmp_path: Path) -> None:
+    chart = tmp_path / "chart.png"
+    chart.write_bytes(b"old")
+    assert run(tmp_path, "--json", "no/such/folder/result.json").exit_code == 2
+    assert chart.read_bytes() == b"old"
+
+
+def test_model_sees_no_later_byte() -> None:
+    config = SIZES["tiny"]
+    torch.manual_seed(0)
+    model = Llama(config)
+    ids = torch.randint(config.vocabulary, (2, config.context))
+    changed = ids.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % config.vocabulary
+    before, after = model(ids), model(changed)
+    assert before.shape == (2, config.context, config.vocabulary)
+    torch.testing.assert_close(after[:, :20], before[:, :20], rtol=0, atol=1e-6)
+    for position in range(20, config.context):  # and every earlier one
+        assert not torch.allclose(after[:, position], before[:, position], rtol=0, atol=1e-6)
+
+
+def test_rotation_keeps_length_and_tells_distance() -> None:
+    cos, sin = rotary_angles(32, 16)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (rotate(torch.randn(16, generator=generator).expand(32, 16), cos, sin) for _ in range(2))
+    torch.testing.assert_close(q.norm(dim=1), q[:1].norm(dim=1).expand(32))
+    scores = q @ k.T
+    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1])  # a score depends on the distance alone
+    assert scores[0].std() > 0.1  # and does depend on it
+
+
+def test_schedule() -> None:
+    factors = [warmup_cosine(step, 100) for step in range(101)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(path), run_name="__main__")
+    assert "loss" in capsys.readouterr().out

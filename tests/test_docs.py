@@ -1,0 +1,61 @@
+"""The code in README.md and CONTRIBUTING.md runs as it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt import binding, optim, rules
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name: str) -> list[str]:
+    """The Python code blocks of a document."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_readme() -> None:
+    model = torch.nn.Linear(3, 2)
+    for block in blocks("README.md"):
+        if block.startswith("def "):
+            stated = (ROOT / "fusedopt" / "rules.py").read_text().splitlines()
+            assert [line for line in block.splitlines() if line not in stated] == [], "the rule it quotes has changed"
+            continue
+        names: dict[str, Any] = {"model": model, "torch": torch, "fusedopt": fusedopt}
+        exec(block, names)
+        assert isinstance(names["opt"], fusedopt.AdamW)
+        model(torch.ones(3)).sum().backward()
+        names["opt"].step()
+
+
+def test_adding_an_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer that CONTRIBUTING.md adds, against its paper: three steps with decay, in float64."""
+    rule_source, class_source = blocks("CONTRIBUTING.md")
+    path = tmp_path / "rule.py"
+    path.write_text(rule_source)
+    spec = importlib.util.spec_from_file_location("rule", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rule = binding.rule_of(module.signum)
+    assert "struct signum" in binding.cpp(rule) and not hasattr(rules, "signum")
+    monkeypatch.setitem(binding.RULES, "signum", rule)
+    names = dict(vars(optim))
+    exec(class_source, names)
+
+    start = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    param, momentum, expected = torch.nn.Parameter(start.clone()), torch.zeros_like(start), start.clone()
+    optimizer = names["Signum"]([param], lr=0.1, beta=0.7, weight_decay=0.3, backend="eager")
+    for step in range(3):
+        param.grad = torch.cos(start * (step + 1)) - 0.5
+        optimizer.step()
+        momentum = 0.7 * momentum + 0.3 * param.grad
+        expected = expected - 0.1 * (torch.sign(momentum) + 0.3 * expected)
+    torch.testing.assert_close(param.detach(), expected, rtol=1e-14, atol=1e-15)
