@@ -6,6 +6,7 @@ They step the shards of what one process steps whole, to the same bits.
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,7 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    # Without the interpreter's teardown: one of gloo's threads may then drop a tensor, ask for the interpreter's lock and
+    # abort the process (pytorch#38228, pytorch#190489).
+    sys.stdout.flush()
+    os._exit(0)
