@@ -9,17 +9,14 @@ using namespace fusedopt;
 
 namespace {
 
-using Spec = std::tuple<std::string, bool, std::vector<std::string>, std::vector<std::string>>;
-
-std::unique_ptr<Plan> make_plan(const std::vector<Spec>& specs, py::dict state, py::list groups, py::set fresh) {
-  std::vector<GroupSpec> converted;
-  for (const auto& [rule, maximize, states, counters] : specs) {
-    const int index = find_rule(rule);
-    if (index < 0) throw py::value_error("rule '" + rule + "' is not in the native module; rebuild it");
-    if (counters.size() > max_counters) throw py::value_error("a rule has at most two counters");
-    converted.push_back({index, maximize, states, counters});
-  }
-  return std::make_unique<Plan>(std::move(converted), state.ptr(), groups.ptr(), fresh.ptr());
+GroupSpec make_spec(const std::string& rule, bool maximize, std::vector<std::string> states,
+                    std::vector<bool> is_signed, std::vector<std::string> counters, bool has_master, bool stochastic,
+                    uint64_t first_parameter) {
+  const int index = find_rule(rule);
+  if (index < 0) throw py::value_error("rule '" + rule + "' is not in the native module; rebuild it");
+  if (counters.size() > max_counters) throw py::value_error("a rule has at most two counters");
+  return {index, maximize, std::move(states), std::move(is_signed), std::move(counters), has_master, stochastic,
+          first_parameter};
 }
 
 std::vector<std::string> instruction_sets() {
@@ -38,11 +35,19 @@ PYBIND11_MODULE(_native, module) {
     } catch (const PythonError&) {
     }
   });
+  py::class_<GroupSpec>(module, "GroupSpec")
+      .def(py::init(&make_spec), py::kw_only(), py::arg("rule"), py::arg("maximize"), py::arg("states"),
+           py::arg("is_signed"), py::arg("counters"), py::arg("has_master"), py::arg("stochastic"),
+           py::arg("first_parameter"));
   py::class_<Plan>(module, "Plan")
-      .def(py::init(&make_plan), py::arg("specs"), py::arg("state"), py::arg("groups"), py::arg("fresh"))
+      .def(py::init([](const std::vector<GroupSpec>& specs, py::dict state, py::list groups, py::set fresh) {
+             return std::make_unique<Plan>(specs, state.ptr(), groups.ptr(), fresh.ptr());
+           }),
+           py::arg("specs"), py::arg("state"), py::arg("groups"), py::arg("fresh"))
       .def("step",
-           [](Plan& plan, py::dict state, py::list groups, py::function scalars, int threads, double grad_scale) {
-             Object stepped = plan.step(state.ptr(), groups.ptr(), scalars.ptr(), threads, grad_scale);
+           [](Plan& plan, py::dict state, py::list groups, py::function scalars, int threads, double grad_scale,
+              const Draws& draws) {
+             Object stepped = plan.step(state.ptr(), groups.ptr(), scalars.ptr(), threads, grad_scale, draws);
              return stepped ? py::reinterpret_steal<py::object>(stepped.release()) : py::object(py::none());
            });
   module.def("instruction_sets", &instruction_sets, "Those this machine runs, best first.");

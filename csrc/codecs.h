@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "functions.h"
+#include "int8.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -13,11 +14,23 @@
 
 namespace fusedopt {
 
-enum class Storage : uint8_t { float32, float64, bfloat16, float16 };
+// int8_*: codes of a quantized state, with a scale for each block. low*: what a split parameter lacks, in parameter.h.
+enum class Storage : uint8_t { float32, float64, bfloat16, float16, int8_signed, int8_unsigned, low16, low8 };
 
 constexpr int element_size(Storage storage) {
-  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+  switch (storage) {
+    case Storage::float64: return 8;
+    case Storage::float32: return 4;
+    case Storage::bfloat16:
+    case Storage::float16:
+    case Storage::low16: return 2;
+    default: return 1;
+  }
 }
+
+// Elements read into the arithmetic type at a time: small enough for every operand of a rule to stay in L1.
+constexpr int64_t block_size = 512;
+static_assert(block_size % int8_block == 0, "a quantized block must not be cut");
 
 namespace {
 
@@ -98,12 +111,14 @@ inline void encode_float16(const float* source, uint16_t* target, int64_t n) {
 }
 #endif
 
-// Reads `n` stored elements as T. Not inlined: one copy serves every rule.
+// Reads `n` stored elements, at most block_size, as T; `scale` is that of the first, where there are scales. Not inlined:
+// one copy serves every rule.
 template <class T>
-void decode(Storage storage, const void* source, T* __restrict target, int64_t n);
+void decode(Storage storage, const void* source, const float* scale, T* __restrict target, int64_t n);
 
 template <>
-FUSEDOPT_NOINLINE void decode(Storage storage, const void* source, float* __restrict target, int64_t n) {
+FUSEDOPT_NOINLINE void decode(Storage storage, const void* source, const float* scale, float* __restrict target,
+                              int64_t n) {
   switch (storage) {
     case Storage::float32: {
       std::memcpy(target, source, size_t(n) * sizeof(float));
@@ -121,15 +136,22 @@ FUSEDOPT_NOINLINE void decode(Storage storage, const void* source, float* __rest
     }
     case Storage::float16:
       decode_float16(static_cast<const uint16_t*>(source), target, n);
+      break;
+    case Storage::int8_signed:
+    case Storage::int8_unsigned:
+      decode_int8(storage == Storage::int8_signed, static_cast<const uint8_t*>(source), scale, target, n);
+      break;
+    case Storage::low16:
+    case Storage::low8: break;  // not values of their own
   }
 }
 
 // Writes `n` elements of T as stored; narrower formats round to nearest, ties to even.
 template <class T>
-void encode(Storage storage, const T* __restrict source, void* target, int64_t n);
+void encode(Storage storage, const T* __restrict source, void* target, float* scale, int64_t n);
 
 template <>
-FUSEDOPT_NOINLINE void encode(Storage storage, const float* __restrict source, void* target, int64_t n) {
+FUSEDOPT_NOINLINE void encode(Storage storage, const float* __restrict source, void* target, float* scale, int64_t n) {
   switch (storage) {
     case Storage::float32: {
       std::memcpy(target, source, size_t(n) * sizeof(float));
@@ -147,38 +169,38 @@ FUSEDOPT_NOINLINE void encode(Storage storage, const float* __restrict source, v
     }
     case Storage::float16:
       encode_float16(source, static_cast<uint16_t*>(target), n);
+      break;
+    case Storage::int8_signed:
+    case Storage::int8_unsigned:
+      encode_int8(storage == Storage::int8_signed, source, static_cast<uint8_t*>(target), scale, n);
+      break;
+    case Storage::low16:
+    case Storage::low8: break;
   }
 }
 
-// Double goes through float32 to the 16-bit formats, as torch's own conversions do.
+// Double goes through float32 to the narrower formats, as torch's own conversions do.
 template <>
-FUSEDOPT_NOINLINE void decode(Storage storage, const void* source, double* __restrict target, int64_t n) {
+FUSEDOPT_NOINLINE void decode(Storage storage, const void* source, const float* scale, double* __restrict target,
+                              int64_t n) {
   if (storage == Storage::float64) {
     std::memcpy(target, source, size_t(n) * sizeof(double));
     return;
   }
-  constexpr int64_t width = 64;
-  float single[width];
-  for (int64_t at = 0; at < n; at += width) {
-    const int64_t count = n - at < width ? n - at : width;
-    decode(storage, static_cast<const char*>(source) + at * element_size(storage), single, count);
-    for (int64_t i = 0; i < count; ++i) target[at + i] = single[i];
-  }
+  float single[block_size];
+  decode(storage, source, scale, single, n);
+  for (int64_t i = 0; i < n; ++i) target[i] = single[i];
 }
 
 template <>
-FUSEDOPT_NOINLINE void encode(Storage storage, const double* __restrict source, void* target, int64_t n) {
+FUSEDOPT_NOINLINE void encode(Storage storage, const double* __restrict source, void* target, float* scale, int64_t n) {
   if (storage == Storage::float64) {
     std::memcpy(target, source, size_t(n) * sizeof(double));
     return;
   }
-  constexpr int64_t width = 64;
-  float single[width];
-  for (int64_t at = 0; at < n; at += width) {
-    const int64_t count = n - at < width ? n - at : width;
-    for (int64_t i = 0; i < count; ++i) single[i] = float(source[at + i]);
-    encode(storage, single, static_cast<char*>(target) + at * element_size(storage), count);
-  }
+  float single[block_size];
+  for (int64_t i = 0; i < n; ++i) single[i] = float(source[i]);
+  encode(storage, single, target, scale, n);
 }
 
 }  // namespace

@@ -47,6 +47,11 @@ constexpr int shares_per_thread = 4;
 // Elements below which waking other threads costs more than it saves.
 constexpr int64_t elements_per_thread = 16384;
 
+constexpr const char* scale_suffix = "_scale";
+
+// `elements` rounded up.
+int64_t whole_blocks(int64_t elements) { return (elements + block_size - 1) / block_size * block_size; }
+
 bool same_name(PyObject* a, PyObject* b) { return a == b || PyUnicode_Compare(a, b) == 0; }
 
 struct Described : View {
@@ -99,6 +104,7 @@ Plan::Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyOb
       Entry& entry = entries_.emplace_back();
       entry.param = PyList_GET_ITEM(params, i);
       entry.group = int(index);
+      entry.number = specs_[index].first_parameter + uint64_t(i);
       entry.distributed = PyObject_HasAttr(entry.param, interned().local);
       const int is_fresh = PySet_Contains(fresh, entry.param);
       if (is_fresh < 0) throw PythonError{};
@@ -143,22 +149,34 @@ bool Plan::plan_entry(Entry& entry, PyObject* state) {
   const GroupSpec& spec = specs_[size_t(entry.group)];
   PyObject* grad = keep(PyObject_GetAttr(entry.param, interned().grad));
   if (grad == Py_None) return false;
+  PyObject* dict = PyDict_GetItemWithError(state, entry.param);
+  if (!dict && PyErr_Occurred()) throw PythonError{};
   PyObject* param = local(entry, entry.param);
   const Described view(param);
-  const std::vector<int> order = walking_order(view);
+  const bool is_narrow = view.dtype.bits == 16;
+  entry.update.stochastic = spec.stochastic && is_narrow;
   entry.update.numel = numel(view);
   entry.is_double = view.dtype.bits == (is_complex(view) ? 128 : 64);
+  const std::vector<int> order = is_ordered(entry, dict) ? row_major_order(view) : walking_order(view);
   entry.param_form = plan_form(param, order, entry.update.param);
   entry.grad_form = plan_form(resolved(local(entry, grad)), order, entry.update.grad);
   entry.tensor_hints = uint32_t(hints_.size());
   hint_tensor(param);
   hint_tensor(local(entry, grad));
   entry.state_hints = entry.end_hints = uint32_t(hints_.size());
-  if (spec.states.empty() && spec.counters.empty()) return true;
+  const bool has_master = spec.has_master && is_narrow;
+  if (spec.states.empty() && spec.counters.empty() && !has_master) return true;
+  return dict && plan_state(entry, dict, order, has_master);
+}
 
-  PyObject* dict = PyDict_GetItemWithError(state, entry.param);
-  if (!dict && PyErr_Occurred()) throw PythonError{};
-  return dict && plan_state(entry, dict, order);
+// Whether elements are walked in row-major order, which blocks of codes and random numbers go by.
+bool Plan::is_ordered(const Entry& entry, PyObject* dict) const {
+  if (entry.update.stochastic) return true;
+  for (const std::string& name : specs_[size_t(entry.group)].states) {
+    PyObject* state = dict ? PyDict_GetItemString(dict, (name + scale_suffix).c_str()) : nullptr;
+    if (state) return true;
+  }
+  return false;
 }
 
 void Plan::hint(const void* address, int lines) {
@@ -193,33 +211,40 @@ const Form* Plan::plan_form(PyObject* tensor, const std::vector<int>& order, Ope
   return &*found;
 }
 
-bool Plan::plan_state(Entry& entry, PyObject* dict, const std::vector<int>& order) {
+bool Plan::plan_state(Entry& entry, PyObject* dict, const std::vector<int>& order, bool has_master) {
   const GroupSpec& spec = specs_[size_t(entry.group)];
   Keys keys;
-  size_t found = 0;
+  size_t missing = spec.states.size() + spec.counters.size() + has_master;
+  bool scaled[max_states] = {};
   PyObject *key, *value;
   hint(dict, 1);
   hint(reinterpret_cast<PyDictObject*>(dict)->ma_keys, 3);
   for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
-    const char* text = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : nullptr;
-    const std::string name = text ? text : "";
-    const auto state_at = std::find(spec.states.begin(), spec.states.end(), name);
-    const auto counter_at = std::find(spec.counters.begin(), spec.counters.end(), name);
+    const auto [kind, index] = kind_of(key, spec, has_master);
     keys.names.emplace_back(Py_NewRef(key));
-    if (state_at != spec.states.end()) {
-      const int index = int(state_at - spec.states.begin());
-      entry.state_form[index] = plan_form(local(entry, value), order, entry.update.state[index]);
-      keys.kinds.emplace_back(Key::state, index);
-      hint_tensor(local(entry, value));
-      ++found;
-    } else if (counter_at != spec.counters.end()) {
-      keys.kinds.emplace_back(Key::counter, int(counter_at - spec.counters.begin()));
-      hint_tensor(value);
-      hint(Described(value).data, 1);
-      ++found;
+    keys.kinds.emplace_back(kind, index);
+    if (kind == Kind::ignored) continue;
+    PyObject* tensor = kind == Kind::counter ? value : local(entry, value);
+    hint_tensor(tensor);
+    missing -= kind != Kind::scale;
+    if (kind == Kind::state) {
+      entry.state_form[index] = plan_form(tensor, order, entry.update.state[index]);
+    } else if (kind == Kind::master) {
+      entry.master_form = plan_form(tensor, order, entry.update.master);
+    } else if (kind == Kind::scale) {
+      Operand scale;
+      entry.scale_form[index] = plan_form(tensor, row_major_order(Described(tensor)), scale);
+      const int64_t blocks = (entry.update.numel + int8_block - 1) / int8_block;
+      scaled[index] = scale.storage == Storage::float32 && !scale.layout && numel(Described(tensor)) >= blocks;
     } else {
-      keys.kinds.emplace_back(Key::ignored, 0);
+      hint(Described(value).data, 1);
     }
+  }
+  for (size_t i = 0; i < spec.states.size() && !missing; ++i) {
+    Operand& state = entry.update.state[i];
+    if (state.storage != Storage::int8_signed) continue;
+    if (!scaled[i]) return false;
+    state.storage = spec.is_signed[i] ? Storage::int8_signed : Storage::int8_unsigned;
   }
   const bool same = !keys_.empty() && keys_.back().kinds == keys.kinds && std::equal(
       keys.names.begin(), keys.names.end(), keys_.back().names.begin(),
@@ -227,7 +252,19 @@ bool Plan::plan_state(Entry& entry, PyObject* dict, const std::vector<int>& orde
   if (!same) keys_.push_back(std::move(keys));
   entry.keys = &keys_.back();
   entry.end_hints = uint32_t(hints_.size());
-  return found == spec.states.size() + spec.counters.size();
+  return !missing;
+}
+
+std::pair<Plan::Kind, int> Plan::kind_of(PyObject* key, const GroupSpec& spec, bool has_master) const {
+  const char* text = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : nullptr;
+  const std::string name = text ? text : "";
+  for (size_t i = 0; i < spec.states.size(); ++i) {
+    if (name == spec.states[i]) return {Kind::state, int(i)};
+    if (name == spec.states[i] + scale_suffix) return {Kind::scale, int(i)};
+  }
+  for (size_t i = 0; i < spec.counters.size(); ++i)
+    if (name == spec.counters[i]) return {Kind::counter, int(i)};
+  return {has_master && name == "master" ? Kind::master : Kind::ignored, 0};
 }
 
 bool Plan::refresh(PyObject* state, PyObject* groups) {
@@ -296,13 +333,19 @@ bool Plan::refresh_state(Entry& entry, PyObject* dict) {
   for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); ++at_key) {
     const auto [kind, index] = entry.keys->kinds[at_key];
     if (!same_name(key, entry.keys->names[at_key].get())) return false;
-    if (kind == Key::ignored) continue;
-    PyObject* tensor = keep(Py_NewRef(kind == Key::state ? local(entry, value) : value));
+    if (kind == Kind::ignored) continue;
+    PyObject* tensor = keep(Py_NewRef(kind == Kind::counter ? value : local(entry, value)));
     View view;
     if (!readable(tensor, view)) return false;
-    if (kind == Key::state) {
+    if (kind == Kind::state) {
       if (!entry.state_form[index]->fits(view)) return false;
       entry.update.state[index].data = view.data;
+    } else if (kind == Kind::scale) {
+      if (!entry.scale_form[index]->fits(view)) return false;
+      entry.update.state[index].scale = reinterpret_cast<float*>(view.data);
+    } else if (kind == Kind::master) {
+      if (!entry.master_form->fits(view)) return false;
+      entry.update.master.data = view.data;
     } else {
       if (!is_counter(view)) return false;
       entry.counters[index] = {view.data, view.dtype.bits == 64};
@@ -350,7 +393,8 @@ void Plan::compute_scalars(PyObject* function) {
   }
 }
 
-Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale) {
+Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale,
+                  const Draws& draws) {
   if (running_) {
     PyErr_SetString(PyExc_RuntimeError, "this optimizer's step is already running, in another thread or in its scalars");
     throw PythonError{};
@@ -367,7 +411,7 @@ Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int thre
   if (!refresh(state, groups)) return nullptr;
   compute_scalars(scalars);
   Object list = stepped();
-  run(threads, grad_scale);
+  run(threads, grad_scale, draws);
   return list;
 }
 
@@ -379,7 +423,7 @@ Object Plan::stepped() const {
   return list;
 }
 
-void Plan::run(int threads, double grad_scale) {
+void Plan::run(int threads, double grad_scale, const Draws& draws) {
   struct Work {
     std::vector<std::pair<const Update*, UpdateRange>> updates;
     std::vector<int64_t> first;  // elements before each update
@@ -392,6 +436,10 @@ void Plan::run(int threads, double grad_scale) {
     const GroupSpec& spec = specs_[size_t(entry.group)];
     entry.update.grad_scale = spec.maximize ? -grad_scale : grad_scale;
     entry.update.scalar = scalars_[size_t(entry.scalars)].values.data();
+    if (entry.update.stochastic) {
+      const auto [seed, step] = draws[size_t(entry.group)];
+      entry.update.key = rounding_key(seed, step, entry.number);
+    }
     const auto* table = entry.is_double ? kernels()->in_float64 : kernels()->in_float32;
     work.updates.emplace_back(&entry.update, table[spec.rule]);
     work.first.push_back(work.total);
@@ -404,8 +452,9 @@ void Plan::run(int threads, double grad_scale) {
     size_t at = size_t(std::upper_bound(work.first.begin(), work.first.end(), begin) - work.first.begin());
     for (at -= at > 0; at < work.updates.size() && work.first[at] < end; ++at) {
       const auto [update, kernel] = work.updates[at];
-      const int64_t from = std::max<int64_t>(begin - work.first[at], 0);
-      const int64_t to = std::min(end - work.first[at], update->numel);
+      // Cut between blocks, so that one is read and written by one thread.
+      const int64_t from = whole_blocks(std::max<int64_t>(begin - work.first[at], 0));
+      const int64_t to = std::min(whole_blocks(end - work.first[at]), update->numel);
       if (from < to) kernel(*update, from, to);
     }
   };

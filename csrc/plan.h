@@ -23,8 +23,15 @@ struct GroupSpec {
   int rule;
   bool maximize;
   std::vector<std::string> states;    // the rule's, in order
+  std::vector<bool> is_signed;        // of each state: the map of its codes, where it is quantized
   std::vector<std::string> counters;  // zero-dimensional tensors that `scalars` reads and advances, like `step`
+  bool has_master;                    // parameters of 16 bits have a master copy, "master" in their state
+  bool stochastic;                    // they are rounded stochastically
+  uint64_t first_parameter;           // the number of the group's first, for the keys of random numbers
 };
+
+// What stochastic rounding draws from, for each group.
+using Draws = std::vector<std::pair<uint64_t, uint64_t>>;  // seed, step
 
 // The order of FUSEDOPT_RULES.
 int find_rule(const std::string& name);  // -1 where there is none
@@ -45,10 +52,11 @@ class Plan {
   // One step. `scalars(group, *counters)` returns the rule's scalars and the advanced counters, and is called once
   // for each distinct combination. Returns a new list of the parameters that were stepped, or a null pointer where the
   // plan no longer fits; nothing has changed then.
-  Object step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale);
+  Object step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale,
+              const Draws& draws);
 
  private:
-  enum class Key : uint8_t { ignored, state, counter };
+  enum class Kind : uint8_t { ignored, state, scale, master, counter };
 
   // A zero-dimensional float32 or float64 tensor.
   struct Counter {
@@ -62,7 +70,7 @@ class Plan {
 
   // The keys of a parameter's state dict, in its order: what each is, and which of its kind.
   struct Keys {
-    std::vector<std::pair<Key, int>> kinds;
+    std::vector<std::pair<Kind, int>> kinds;
     std::vector<Object> names;
   };
 
@@ -75,8 +83,9 @@ class Plan {
     bool active = false;        // takes part in this step
     bool fresh = false;
     bool is_double = false;
+    uint64_t number;            // of the parameter, for the keys of random numbers
     Update update;
-    const Form *param_form, *grad_form, *state_form[max_states];
+    const Form *param_form, *grad_form, *state_form[max_states], *scale_form[max_states], *master_form;
     const Keys* keys = nullptr;
     Counter counters[max_counters];
     // Ranges of hints_: what refresh_tensors and refresh_state will touch.
@@ -89,7 +98,9 @@ class Plan {
   };
 
   bool plan_entry(Entry& entry, PyObject* state);
-  bool plan_state(Entry& entry, PyObject* dict, const std::vector<int>& order);
+  bool plan_state(Entry& entry, PyObject* dict, const std::vector<int>& order, bool has_master);
+  std::pair<Kind, int> kind_of(PyObject* key, const GroupSpec& spec, bool has_master) const;
+  bool is_ordered(const Entry& entry, PyObject* dict) const;
   const Form* plan_form(PyObject* tensor, const std::vector<int>& order, Operand& operand);
   bool refresh(PyObject* state, PyObject* groups);
   bool refresh_state(Entry& entry, PyObject* dict);
@@ -98,7 +109,7 @@ class Plan {
   void hint_tensor(PyObject* tensor);
   void find_scalars(Entry& entry);
   void compute_scalars(PyObject* function);
-  void run(int threads, double grad_scale);
+  void run(int threads, double grad_scale, const Draws& draws);
   Object stepped() const;
   PyObject* local(const Entry& entry, PyObject* tensor);
   PyObject* resolved(PyObject* grad);

@@ -96,19 +96,20 @@ struct rmsprop_momentum {
 // RMSprop normalized by an estimate of the variance (Graves, arXiv:1308.0850).
 struct rmsprop_centered {
   static constexpr const char* name = "rmsprop_centered";
-  static constexpr int states = 2, scalars = 4;
+  static constexpr int states = 2, scalars = 5;
   template <class T>
   FUSEDOPT_INLINE static void apply(T& p, T g, T* state, const T* scalar) {
     T square_avg = state[0];
     T grad_avg = state[1];
     const T l2 = scalar[0];
     const T w2 = scalar[1];
-    const T lr = scalar[2];
-    const T eps = scalar[3];
+    const T floor = scalar[2];
+    const T lr = scalar[3];
+    const T eps = scalar[4];
     g = g + l2 * p;
     square_avg = square_avg + w2 * (g * g - square_avg);
     grad_avg = grad_avg + w2 * (g - grad_avg);
-    T variance = maximum(square_avg - grad_avg * grad_avg, T(0));
+    T variance = maximum(square_avg - grad_avg * grad_avg, floor * square_avg);
     p = p - lr * g / (sqrt(variance) + eps);
     state[0] = square_avg;
     state[1] = grad_avg;
@@ -118,7 +119,7 @@ struct rmsprop_centered {
 // Centered RMSprop with momentum.
 struct rmsprop_centered_momentum {
   static constexpr const char* name = "rmsprop_centered_momentum";
-  static constexpr int states = 3, scalars = 5;
+  static constexpr int states = 3, scalars = 6;
   template <class T>
   FUSEDOPT_INLINE static void apply(T& p, T g, T* state, const T* scalar) {
     T square_avg = state[0];
@@ -126,13 +127,14 @@ struct rmsprop_centered_momentum {
     T grad_avg = state[2];
     const T l2 = scalar[0];
     const T w2 = scalar[1];
-    const T momentum = scalar[2];
-    const T lr = scalar[3];
-    const T eps = scalar[4];
+    const T floor = scalar[2];
+    const T momentum = scalar[3];
+    const T lr = scalar[4];
+    const T eps = scalar[5];
     g = g + l2 * p;
     square_avg = square_avg + w2 * (g * g - square_avg);
     grad_avg = grad_avg + w2 * (g - grad_avg);
-    T variance = maximum(square_avg - grad_avg * grad_avg, T(0));
+    T variance = maximum(square_avg - grad_avg * grad_avg, floor * square_avg);
     momentum_buffer = momentum * momentum_buffer + g / (sqrt(variance) + eps);
     p = p - lr * momentum_buffer;
     state[0] = square_avg;

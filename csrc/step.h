@@ -5,14 +5,12 @@
 #include <cstring>
 
 #include "codecs.h"
+#include "parameter.h"
 #include "rules.h"
 
 namespace fusedopt {
 
 constexpr int max_states = 4, max_scalars = 12, max_dims = 64;
-
-// Elements read into the arithmetic type at a time: small enough for every operand of a rule to stay in L1.
-constexpr int64_t block_size = 512;
 
 // Sizes and strides of a tensor that is not contiguous in the order its parameter is walked, in elements.
 struct Layout {
@@ -25,16 +23,21 @@ struct Operand {
   char* data = nullptr;
   Storage storage = Storage::float32;
   const Layout* layout = nullptr;  // none where element i lies at i
+  float* scale = nullptr;          // of a quantized state, one for each int8_block elements
 };
 
 struct Update {
   int64_t numel = 0;
   Operand param, grad, state[max_states];
-  double grad_scale = 1;            // the gradient is multiplied by this as it is read
+  Operand master;       // beside a parameter of 16 bits: float32, low16 or low8; none where its data is null
+  bool stochastic = false;  // rounding of a parameter of 16 bits, or of the 24 that low8 makes
+  Key key = {};
+  double grad_scale = 1;           // the gradient is multiplied by this as it is read
   const double* scalar = nullptr;  // rounded once to the arithmetic type
 };
 
-// Updates elements [begin, end) of one parameter.
+// Updates elements [begin, end) of one parameter; `begin` is a multiple of block_size, and so is `end` unless it is the
+// last.
 using UpdateRange = void (*)(const Update&, int64_t begin, int64_t end);
 
 // The kernels of one instruction set, in the order of FUSEDOPT_RULES.
@@ -83,33 +86,81 @@ template <class T>
 class Block {
  public:
   T* read(const Operand& operand, int64_t start, int64_t n, bool copy = false) {
-    const int width = element_size(operand.storage);
-    const bool direct = operand.storage == native_storage<T>;
-    if (!operand.layout) {
-      char* data = operand.data + start * width;
-      if (direct && !copy) return reinterpret_cast<T*>(data);
-      decode(operand.storage, data, values_, n);
-    } else {
-      copy_strided<true>(operand.data, *operand.layout, width, start, n, packed_);
-      decode(operand.storage, packed_, values_, n);
-    }
+    if (!operand.layout && operand.storage == native_storage<T> && !copy)
+      return reinterpret_cast<T*>(operand.data + start * int64_t(sizeof(T)));
+    decode(operand.storage, fetch(operand, start, n), scale(operand, start), values_, n);
     return values_;
   }
 
   void write(const Operand& operand, int64_t start, int64_t n) {
+    if (!operand.layout && operand.storage == native_storage<T>) return;
+    write_values(values_, operand, start, n);
+  }
+
+  void write_values(const T* values, const Operand& operand, int64_t start, int64_t n) {
+    encode(operand.storage, values, place(operand, start), scale(operand, start), n);
+    put(operand, start, n);
+  }
+
+  // The block as it is stored: in the tensor where that lies in one piece, else a packed copy.
+  const char* fetch(const Operand& operand, int64_t start, int64_t n) {
     const int width = element_size(operand.storage);
-    if (!operand.layout) {
-      if (operand.storage == native_storage<T>) return;
-      encode(operand.storage, values_, operand.data + start * width, n);
-    } else {
-      encode(operand.storage, values_, packed_, n);
-      copy_strided<false>(operand.data, *operand.layout, width, start, n, packed_);
-    }
+    if (!operand.layout) return operand.data + start * width;
+    copy_strided<true>(operand.data, *operand.layout, width, start, n, packed_);
+    return packed_;
+  }
+
+  // Where the block is to be written as it is stored; `put` then brings it into the tensor.
+  char* place(const Operand& operand, int64_t start) {
+    return operand.layout ? packed_ : operand.data + start * element_size(operand.storage);
+  }
+  void put(const Operand& operand, int64_t start, int64_t n) {
+    if (operand.layout)
+      copy_strided<false>(operand.data, *operand.layout, element_size(operand.storage), start, n, packed_);
   }
 
  private:
+  static float* scale(const Operand& operand, int64_t start) {
+    return operand.scale ? operand.scale + start / int8_block : nullptr;
+  }
+
   alignas(64) T values_[block_size];
   alignas(64) char packed_[block_size * sizeof(double)];
+};
+
+// A parameter of 16 bits, with what it keeps beside them.
+class Parameter {
+ public:
+  FUSEDOPT_NOINLINE float* read(const Update& update, int64_t start, int64_t n) {
+    float* values = param_.read(update.param, start, n);
+    if (!update.master.data) return values;
+    if (update.master.storage == Storage::float32) {
+      float* master = master_.read(update.master, start, n);
+      keep_current(update.param.storage, values, master, n);
+      return master;
+    }
+    join(update.master.storage, master_.fetch(update.master, start, n), values, n);
+    return values;
+  }
+
+  FUSEDOPT_NOINLINE void write(const float* values, const Update& update, int64_t start, int64_t n) {
+    const Key* key = update.stochastic ? &update.key : nullptr;
+    char* param = param_.place(update.param, start);
+    if (update.master.data && update.master.storage != Storage::float32) {
+      split(update.master.storage, values, reinterpret_cast<uint16_t*>(param), master_.place(update.master, start), n,
+            start, key);
+      master_.put(update.master, start, n);
+    } else if (key) {
+      encode_stochastic(update.param.storage, values, reinterpret_cast<uint16_t*>(param), n, start, *key);
+    } else {
+      encode(update.param.storage, values, param, nullptr, n);
+      if (update.master.data) master_.write(update.master, start, n);
+    }
+    param_.put(update.param, start, n);
+  }
+
+ private:
+  Block<float> param_, master_;
 };
 
 // The rule over one block. Restricted pointers and no calls: the compiler vectorises this for the instruction set.
@@ -141,20 +192,34 @@ template <class Rule, class T>
 void update_range(const Update& update, int64_t begin, int64_t end) {
   static_assert(Rule::states <= max_states && Rule::scalars <= max_scalars, "raise the limit");
   Block<T> param, grad, state[Rule::states + 1];
+  Parameter narrow;
+  // Nothing of the kind is kept beside a parameter of 32 or 64 bits.
+  const bool is_narrow = sizeof(T) == sizeof(float) && (update.master.data || update.stochastic);
   T scalar[Rule::scalars];
   for (int k = 0; k < Rule::scalars; ++k) scalar[k] = T(update.scalar[k]);
   const T grad_scale = T(update.grad_scale);
   const bool scaled = grad_scale != T(1);
   for (int64_t at = begin; at < end; at += block_size) {
     const int64_t n = end - at < block_size ? end - at : block_size;
-    T* p = param.read(update.param, at, n);
+    T* p;
+    if constexpr (sizeof(T) == sizeof(float))
+      p = is_narrow ? narrow.read(update, at, n) : param.read(update.param, at, n);
+    else
+      p = param.read(update.param, at, n);
     T* g = grad.read(update.grad, at, n, scaled);
     if (scaled)
       for (int64_t i = 0; i < n; ++i) g[i] *= grad_scale;
     T* states[Rule::states + 1];
     for (int k = 0; k < Rule::states; ++k) states[k] = state[k].read(update.state[k], at, n);
     apply<Rule, T>(p, g, states, scalar, n);
-    param.write(update.param, at, n);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (is_narrow)
+        narrow.write(p, update, at, n);
+      else
+        param.write(update.param, at, n);
+    } else {
+      param.write(update.param, at, n);
+    }
     for (int k = 0; k < Rule::states; ++k) state[k].write(update.state[k], at, n);
   }
 }

@@ -7,7 +7,7 @@
 namespace fusedopt {
 namespace {
 
-constexpr int cpu_device = 1, code_int = 0, code_float = 2, code_bfloat = 4, code_complex = 5;
+constexpr int cpu_device = 1, code_int = 0, code_uint = 1, code_float = 2, code_bfloat = 4, code_complex = 5;
 
 struct ExchangeApi {
   uint32_t major, minor;
@@ -42,7 +42,8 @@ constexpr NamedType named_types[] = {
     {"torch.float32", {code_float, 32, 1}},     {"torch.float64", {code_float, 64, 1}},
     {"torch.bfloat16", {code_bfloat, 16, 1}},   {"torch.float16", {code_float, 16, 1}},
     {"torch.complex64", {code_complex, 64, 1}}, {"torch.complex128", {code_complex, 128, 1}},
-    {"torch.int64", {code_int, 64, 1}},
+    {"torch.uint8", {code_uint, 8, 1}},         {"torch.int16", {code_int, 16, 1}},
+    {"torch.int8", {code_int, 8, 1}},           {"torch.int64", {code_int, 64, 1}},
 };
 
 bool read_sizes(PyObject* tuple, int ndim, int64_t* out) {
@@ -82,6 +83,8 @@ bool describe_by_methods(PyObject* tensor, View& view) {
 
 Storage storage_of(DLDataType dtype) {
   if (dtype.code == code_bfloat) return Storage::bfloat16;
+  if (dtype.code == code_uint) return Storage::int8_signed;  // or unsigned, as the plan knows
+  if (dtype.code == code_int) return dtype.bits == 8 ? Storage::low8 : Storage::low16;
   const int bits = dtype.code == code_complex ? dtype.bits / 2 : dtype.bits;
   return bits == 64 ? Storage::float64 : bits == 32 ? Storage::float32 : Storage::float16;
 }
@@ -107,9 +110,14 @@ int64_t numel(const View& view) {
   return std::accumulate(view.shape, view.shape + view.ndim, int64_t(is_complex(view) ? 2 : 1), std::multiplies<>());
 }
 
-std::vector<int> walking_order(const View& view) {
+std::vector<int> row_major_order(const View& view) {
   std::vector<int> order(size_t(view.ndim));
   std::iota(order.begin(), order.end(), 0);
+  return order;
+}
+
+std::vector<int> walking_order(const View& view) {
+  std::vector<int> order = row_major_order(view);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return view.strides[a] > view.strides[b]; });
   return order;
 }

@@ -79,6 +79,7 @@ class Form {
 
 // Dimensions by decreasing stride: the order in which a dense tensor lies contiguously.
 std::vector<int> walking_order(const View& view);
+std::vector<int> row_major_order(const View& view);
 
 // Elements of real type: a complex element counts as two.
 int64_t numel(const View& view);

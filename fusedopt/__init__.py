@@ -4,21 +4,46 @@ from . import optim
 from ._swap import swap
 from ._version import __version__
 from .backends import explain, use_backend
-from .optim import SGD, Adagrad, Adam, Adamax, AdamW, AdEMAMix, Lion, NAdam, RAdam, RMSprop
+from .optim import (
+    SGD,
+    Adagrad,
+    Adagrad8bit,
+    Adam,
+    Adam8bit,
+    Adamax,
+    AdamW,
+    AdamW8bit,
+    AdEMAMix,
+    AdEMAMix8bit,
+    Lion,
+    Lion8bit,
+    NAdam,
+    RAdam,
+    RMSprop,
+    RMSprop8bit,
+    SGD8bit,
+)
 from .optimizer import Optimizer
 
 __all__ = [
     "SGD",
     "AdEMAMix",
+    "AdEMAMix8bit",
     "Adagrad",
+    "Adagrad8bit",
     "Adam",
+    "Adam8bit",
     "AdamW",
+    "AdamW8bit",
     "Adamax",
     "Lion",
+    "Lion8bit",
     "NAdam",
     "Optimizer",
     "RAdam",
     "RMSprop",
+    "RMSprop8bit",
+    "SGD8bit",
     "__version__",
     "explain",
     "optim",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .codecs import STORAGE_DTYPES
+from ._state import local_shard, scale_shape
+from .codecs import BLOCK, MASTERS, ROUNDINGS, SCALE_SUFFIX, STATE_DTYPES, STORAGE_DTYPES
 
 NOT_DIFFERENTIABLE = (
     "differentiable=True: a fused step is not recorded by autograd; use torch.optim for a differentiable step, "
@@ -51,31 +52,102 @@ def check_grad(param: Tensor, grad: Tensor, optimizer: str, what: str) -> None:
         )
 
 
-def check_state(param: Tensor, states: Mapping[str, Any], what: str, same_device: bool = True) -> None:
-    """Raises ValueError or TypeError where a state does not fit its parameter; a state of None is yet to come."""
-    for name, state in states.items():
-        if state is None:
+def check_state(
+    param: Tensor, state: Mapping[str, Any], names: Iterable[str], what: str, same_device: bool = True
+) -> None:
+    """Raises ValueError or TypeError where one of these states does not fit its parameter; None is one yet to come."""
+    for name in names:
+        if state.get(name) is None:
             continue
-        if not isinstance(state, Tensor):
-            raise TypeError(f"the state {name!r} of {what} is a {type(state).__name__}; it must be a tensor")
-        if state.shape != param.shape:
-            raise ValueError(
-                f"the state {name!r} of {what} has shape {tuple(state.shape)}, its parameter {tuple(param.shape)}"
-            )
-        if state.dtype not in _PARAM_DTYPES or state.is_complex() != param.is_complex():
-            raise TypeError(f"the state {name!r} of {what} is {state.dtype}, its parameter {param.dtype}")
-        if not same_device:
-            continue
-        _check_memory(getattr(state, "_local_tensor", state), f"the state {name!r} of {what}")
-        if state.is_neg() or state.is_conj():
-            raise ValueError(f"the state {name!r} of {what} is a negative or conjugate view; use a clone of it")
-        if state.device != param.device:
-            raise ValueError(
-                f"the state {name!r} of {what} is on {state.device}, its parameter on {param.device}; "
-                "move the model before the first step, or load the optimizer's state_dict again"
-            )
-        if getattr(param, "placements", None) != getattr(state, "placements", None):
-            raise ValueError(f"the state {name!r} of {what} is not placed like its parameter; distribute it alike")
+        _check_like(param, state[name], f"the state {name!r} of {what}", same_device)
+        if state[name].dtype == torch.uint8 and not param.is_complex():
+            _check_scale(param, name, state[name], state.get(name + SCALE_SUFFIX), what, same_device)
+        elif state[name].dtype not in _PARAM_DTYPES or state[name].is_complex() != param.is_complex():
+            raise TypeError(f"the state {name!r} of {what} is {state[name].dtype}, its parameter {param.dtype}")
+
+
+def _check_like(param: Tensor, state: Any, what: str, same_device: bool) -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{what} is a {type(state).__name__}; it must be a tensor")
+    if state.shape != param.shape:
+        raise ValueError(f"{what} has shape {tuple(state.shape)}, its parameter {tuple(param.shape)}")
+    if not same_device:
+        return
+    _check_memory(local_shard(state), what)
+    if state.is_neg() or state.is_conj():
+        raise ValueError(f"{what} is a negative or conjugate view; use a clone of it")
+    if state.device != param.device:
+        raise ValueError(
+            f"{what} is on {state.device}, its parameter on {param.device}; "
+            "move the model before the first step, or load the optimizer's state_dict again"
+        )
+    if getattr(param, "placements", None) != getattr(state, "placements", None):
+        raise ValueError(f"{what} is not placed like its parameter; distribute it alike")
+
+
+def _check_scale(param: Tensor, name: str, codes: Tensor, scale: Any, what: str, same_device: bool) -> None:
+    scale_name = name + SCALE_SUFFIX
+    if not isinstance(scale, Tensor):
+        raise ValueError(f"the state {name!r} of {what} is uint8 codes without their scales, {scale_name!r}")
+    expected = scale_shape(param)
+    if tuple(scale.shape) != expected:
+        raise ValueError(
+            f"{scale_name!r} of {what} has shape {tuple(scale.shape)}, where blocks of {BLOCK} elements of "
+            f"{tuple(param.shape)} have {expected}: codes of another block size, or sharded otherwise, cannot be read"
+        )
+    if scale.dtype != torch.float32 or not local_shard(scale).is_contiguous():
+        raise TypeError(f"{scale_name!r} of {what} must be contiguous float32; it is {scale.dtype}")
+    if getattr(param, "placements", None) != getattr(codes, "placements", None):
+        raise ValueError(f"the codes {name!r} of {what} are not placed like their parameter; distribute them alike")
+    if same_device and scale.device != param.device:
+        raise ValueError(f"{scale_name!r} of {what} is on {scale.device}, its parameter on {param.device}")
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Raises ValueError where an option of a group is not valid."""
+    for name, known in (("state_dtype", STATE_DTYPES), ("master", tuple(MASTERS)), ("rounding", ROUNDINGS)):
+        if group[name] not in known:
+            raise ValueError(f"{name}={group[name]!r} is not supported; use one of {', '.join(map(repr, known))}")
+    if group["rounding"] == "stochastic" and group["master"] in ("float32", "split16"):
+        raise ValueError(
+            f"rounding='stochastic' with master={group['master']!r}: the master copy is float32, so that nothing is lost "
+            "to rounding; use one or the other, or master='split8'"
+        )
+    for name, limit in (("min_quantized_size", 2**63), ("seed", 2**64)):
+        value = group[name]
+        if not isinstance(value, int) or not 0 <= value < limit:
+            raise ValueError(f"{name}={value!r} must be an integer from 0 to {limit - 1}")
+
+
+def check_master(param: Tensor, master: str | None, what: str) -> None:
+    """Raises ValueError where the parameter cannot have this kind of master copy."""
+    if param.dtype == torch.float16 and master in ("split16", "split8"):
+        raise ValueError(
+            f"master={master!r} keeps the bits that bfloat16 lacks, and {what} is float16; use master='float32'"
+        )
+
+
+def check_master_state(
+    param: Tensor, master: Any, dtype: torch.dtype | None, what: str, same_device: bool = True
+) -> None:
+    """Raises ValueError or TypeError where there is a master copy that is not of this dtype, or does not fit."""
+    if master is None or dtype is None:
+        return
+    _check_like(param, master, f"the state 'master' of {what}", same_device)
+    if master.dtype != dtype or dtype not in MASTERS.values():
+        raise ValueError(
+            f"the state 'master' of {what} is {master.dtype}, where the option master asks for {dtype}; load the "
+            "optimizer's state_dict again to convert it"
+        )
+
+
+def check_saved_format(group: Mapping[str, Any], index: int) -> None:
+    """Raises ValueError where a checkpoint's group says that its state is stored in a way unknown here."""
+    if group.get("state_dtype") not in STATE_DTYPES:
+        raise ValueError(
+            f"group {index} of the loaded state dict has state_dtype={group['state_dtype']!r}, whose map this version "
+            f"does not know; it reads {', '.join(map(repr, STATE_DTYPES))}"
+        )
 
 
 def check_counters(counters: Mapping[str, Any], what: str) -> None:

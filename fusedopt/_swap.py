@@ -8,19 +8,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from typing_extensions import Unpack
 
 from . import _checks
+from ._state import converted, converted_master, dtype_of, local_shard, master_dtype
 from .backends import check_backend
-from .codecs import state_dtype as dtype_of_state
+from .codecs import SCALE_SUFFIX
 from .optim import OPTIMIZERS
-from .optimizer import Optimizer, check_state_dtype, local_shard, parameter_names
+from .optimizer import GROUP_OPTIONS, Optimizer, Options, parameter_names
 
 _T = TypeVar("_T", bound=torch.optim.Optimizer)
 
 _KNOWN = {cls.torch_class: cls for cls in OPTIMIZERS.values() if cls.torch_class is not None}
 
 
-def swap(optimizer: _T, *, state_dtype: str | None = None, backend: str | None = None) -> _T:
+def swap(optimizer: _T, **options: Unpack[Options]) -> _T:
     """Make a torch optimizer a fusedopt one, in place, and return it.
 
     The object keeps its identity, parameter groups, state, step counts, hyperparameters and hooks, and every LR
@@ -29,22 +31,23 @@ def swap(optimizer: _T, *, state_dtype: str | None = None, backend: str | None =
 
     Args:
         optimizer: one of torch.optim's, or a wrapper (like Accelerate's) with one as its `optimizer`.
-        state_dtype: as for every optimizer here; existing states are converted.
-        backend: as for every optimizer here.
+        options: `state_dtype`, `min_quantized_size`, `master`, `rounding`, `seed` and `backend`, as for every optimizer
+            here; existing states are converted. One that is None or not given stays as it is.
 
     Raises:
         TypeError: the optimizer is none that fusedopt has; subclasses are not taken, since they may step differently.
         RuntimeError, ValueError: an option or a group cannot be honoured. On any error nothing has changed.
     """
+    given = {name: value for name, value in options.items() if value is not None}
     inner = getattr(optimizer, "optimizer", None)
     if type(optimizer) not in _KNOWN and isinstance(inner, torch.optim.Optimizer):
-        _swap(inner, optimizer, state_dtype, backend)
+        _swap(inner, optimizer, given)
     else:
-        _swap(optimizer, None, state_dtype, backend)
+        _swap(optimizer, None, given)
     return optimizer
 
 
-def _swap(optimizer: Any, wrapper: Any, state_dtype: str | None, backend: str | None) -> None:
+def _swap(optimizer: Any, wrapper: Any, options: dict[str, Any]) -> None:
     old = type(optimizer)
     new = old if isinstance(optimizer, Optimizer) else _KNOWN.get(old)
     if new is None:
@@ -53,48 +56,65 @@ def _swap(optimizer: Any, wrapper: Any, state_dtype: str | None, backend: str | 
             f"swap does not know {old.__module__}.{old.__qualname__}; it knows torch.optim's {known} "
             "(not their subclasses, whose step may differ)"
         )
-    check_backend(backend, "backend")
-    check_state_dtype(state_dtype)
-    converted = _check_groups(optimizer, new, state_dtype)
+    unknown = options.keys() - {*GROUP_OPTIONS, "backend"}
+    if unknown:
+        raise TypeError(f"swap has no option {min(unknown)!r}; it has {', '.join([*GROUP_OPTIONS, 'backend'])}")
+    backend = check_backend(options.pop("backend", None), "backend")
+    changed = [{**new.group_options, **_options_of(group), **options} for group in optimizer.param_groups]
+    for index, (group, group_options) in enumerate(zip(optimizer.param_groups, changed, strict=True)):
+        _check_group(optimizer, new, {**group, **group_options}, index)
     changes = _rewrapped(optimizer, wrapper, new)
 
-    if new is old and state_dtype is None and backend is None:
+    if new is old and not options and backend is None:
         return
     optimizer.__class__ = new
     optimizer._backend = backend or getattr(optimizer, "_backend", None)
-    optimizer.defaults["state_dtype"] = state_dtype or optimizer.defaults.get("state_dtype")
-    for group in optimizer.param_groups:
-        group["state_dtype"] = state_dtype or group.get("state_dtype")
-    for state, name, dtype in converted:
-        state[name] = state[name].to(dtype)
+    optimizer.defaults.update({**new.group_options, **_options_of(optimizer.defaults), **options})
+    for group, group_options in zip(optimizer.param_groups, changed, strict=True):
+        group.update(group_options)
+        for param in group["params"]:
+            if param in optimizer.state:
+                _convert(optimizer.state[param], param, new, group, options)
     optimizer.__setstate__({})
     for change in changes:
         change()
 
 
-def _check_groups(
-    optimizer: Any, new: type[Optimizer], state_dtype: str | None
-) -> list[tuple[dict[str, Any], str, torch.dtype]]:
-    """Check that every group can be stepped; return the states that `state_dtype` converts."""
-    converted = []
-    for index, group in enumerate(optimizer.param_groups):
-        if group.get("capturable"):
-            raise RuntimeError(_checks.NOT_CAPTURABLE)
-        if group.get("differentiable"):
-            raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
-        for param, what in zip(group["params"], parameter_names(group, index)):
-            _checks.check_param(param, local_shard(param), what)
-            state = optimizer.state.get(param, {})
-            states = {name: value for name, value in state.items() if name in new.states}
-            _checks.check_state(param, states, what, same_device=False)
-            _checks.check_counters({name: state[name] for name in new.counters if name in state}, what)
-            if state_dtype is not None:
-                converted += [
-                    (state, name, dtype_of_state(state_dtype, new.states[name], param.dtype))
-                    for name, value in states.items()
-                    if value is not None
-                ]
-    return converted
+def _options_of(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in GROUP_OPTIONS if name in group}
+
+
+def _check_group(optimizer: Any, new: type[Optimizer], group: dict[str, Any], index: int) -> None:
+    """Check that the group can be stepped, with its options."""
+    if group.get("capturable"):
+        raise RuntimeError(_checks.NOT_CAPTURABLE)
+    if group.get("differentiable"):
+        raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
+    _checks.check_options(group)
+    for param, what in zip(group["params"], parameter_names(group, index)):
+        _checks.check_param(param, local_shard(param), what)
+        _checks.check_master(param, group["master"], what)
+        state = optimizer.state.get(param, {})
+        _checks.check_state(param, state, new.states, what, same_device=False)
+        _checks.check_counters({name: state[name] for name in new.counters if name in state}, what)
+
+
+def _convert(
+    state: dict[str, Any], param: torch.Tensor, new: type[Optimizer], group: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Store a parameter's state as the options that were given say."""
+    if "state_dtype" in options or "min_quantized_size" in options:
+        for name, kind in new.states.items():
+            if state.get(name) is None:
+                continue
+            entries = converted(state, name, param, kind, dtype_of(param, kind, group))
+            state.pop(name + SCALE_SUFFIX, None)
+            state.update(entries)
+    if "master" in options and "master" in state:
+        dtype = master_dtype(param, group)
+        master = state.pop("master")
+        if dtype:
+            state["master"] = converted_master(master, param, dtype)
 
 
 def _rewrapped(optimizer: Any, wrapper: Any, new: type[Optimizer]) -> list[Callable[[], None]]:

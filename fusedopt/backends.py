@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .binding import Rule
-from .codecs import STORAGE_DTYPES, decode, encode
+from .codecs import MASTERS, STATE_DTYPES, STORAGE_DTYPES, Key, State, decode, decode_parameter, encode, encode_parameter
 
 
 @dataclass
@@ -28,9 +28,11 @@ class Update:
     rule: Rule
     param: Tensor
     grad: Tensor
-    states: list[Tensor]
+    states: list[State]
     scalars: tuple[float, ...]
     grad_scale: float = 1.0
+    master: Tensor | None = None
+    key: Key | None = None  # for stochastic rounding
 
 
 class Backend:
@@ -95,10 +97,12 @@ class Eager(Backend):
         grad = decode(update.grad, dtype)
         if update.grad_scale != 1:
             grad = grad * (update.grad_scale if double else ctypes.c_float(update.grad_scale).value)
-        stored = [update.param, *update.states]
-        values = [decode(tensor, dtype) for tensor in stored]
-        for tensor, result in zip(stored, update.rule.reference(values[0], grad, *values[1:], *scalars), strict=True):
-            encode(result, tensor)
+        param = decode_parameter(update.param, update.master, dtype)
+        states = [decode(state, dtype) for state in update.states]
+        param, *states = update.rule.reference(param, grad, *states, *scalars)
+        encode_parameter(param, update.param, update.master, update.key)
+        for values, state in zip(states, update.states, strict=True):
+            encode(values, state)
 
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Eager())}

@@ -4,7 +4,8 @@ The classes that torch.optim has take its arguments in its order, with its defau
 a checkpoint of either loads in the other. `foreach` and `fused` are accepted and make no difference to the update:
 every step is fused. As in torch, `fused=True` also leaves gradient unscaling under `torch.amp.GradScaler` to the step.
 
-Every class also takes `state_dtype` and `backend`, see `fusedopt.Optimizer`.
+Every class also takes `state_dtype`, `min_quantized_size`, `master`, `rounding`, `seed` and `backend`, see
+`fusedopt.Optimizer`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
+from ._state import Group
 from .binding import RULES, Rule
-from .optimizer import Group, Number, Optimizer
+from .codecs import SCALE_SUFFIX
+from .optimizer import GROUP_OPTIONS, GroupOptions, Number, Optimizer, Options
 
 # --- arithmetic on a float or on a zero-dimensional tensor ---
 
@@ -94,8 +98,7 @@ class SGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_not_negative(momentum=momentum, weight_decay=weight_decay)
@@ -114,7 +117,7 @@ class SGD(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
         return RULES["sgd_momentum" if group["momentum"] else "sgd"]
@@ -150,8 +153,7 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_not_negative(
@@ -173,7 +175,7 @@ class Adagrad(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
         for group in self.param_groups:
             for param in group["params"]:
                 self._init_state(param, group)
@@ -182,7 +184,9 @@ class Adagrad(Optimizer):
         """Move the sums to shared memory, for Hogwild training."""
         for group in self.param_groups:
             for param in group["params"]:
-                self.state[param]["sum"].share_memory_()
+                for name in ("sum", "sum" + SCALE_SUFFIX):
+                    if name in self.state[param]:
+                        self.state[param][name].share_memory_()
 
     def initial(self, name: str) -> float:
         return float(self.defaults["initial_accumulator_value"])
@@ -196,7 +200,11 @@ class Adagrad(Optimizer):
 
 
 class RMSprop(Optimizer):
-    """`torch.optim.RMSprop`. Where `centered`, the variance is clamped at zero; torch takes its root as it is."""
+    """`torch.optim.RMSprop`. Where `centered`, the variance is clamped at zero; torch takes its root as it is.
+
+    Under state_dtype="int8" it is clamped at 1/16 of the mean square, about the error of a variance that is the
+    difference of two averages in 8 bits. Clamped at zero it would let a step of `lr * g / eps` through.
+    """
 
     torch_class = torch.optim.RMSprop
     states = {"square_avg": "unsigned", "momentum_buffer": "signed", "grad_avg": "signed"}
@@ -214,9 +222,7 @@ class RMSprop(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        *,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_not_negative(epsilon=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
@@ -232,7 +238,7 @@ class RMSprop(Optimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
         centered = "_centered" if group["centered"] else ""
@@ -242,6 +248,7 @@ class RMSprop(Optimizer):
         return {
             "l2": group["weight_decay"],
             "w2": 1 - group["alpha"],
+            "floor": 1 / 16 if group["state_dtype"] == "int8" else 0.0,
             "momentum": group["momentum"],
             "lr": group["lr"],
             "eps": group["eps"],
@@ -268,14 +275,13 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_betas(betas)
         _check_not_negative(weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
         return RULES["lion"]
@@ -311,8 +317,7 @@ class Adam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         if isinstance(lr, Tensor) and foreach and not capturable:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
@@ -338,7 +343,7 @@ class Adam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
         return RULES["amsgrad" if group["amsgrad"] else "adam"]
@@ -374,8 +379,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         super().__init__(
             params,
@@ -390,8 +394,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
-            state_dtype=state_dtype,
-            backend=backend,
+            **options,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -419,8 +422,7 @@ class Adamax(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_not_negative(epsilon=eps, weight_decay=weight_decay)
@@ -435,7 +437,7 @@ class Adamax(Optimizer):
             "differentiable": differentiable,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
         return RULES["adamax"]
@@ -472,8 +474,7 @@ class NAdam(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_not_negative(epsilon=eps, weight_decay=weight_decay, momentum_decay=momentum_decay)
@@ -490,7 +491,7 @@ class NAdam(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
         return RULES["nadam"]
@@ -535,8 +536,7 @@ class RAdam(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_not_negative(epsilon=eps, weight_decay=weight_decay)
@@ -552,7 +552,7 @@ class RAdam(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
         return RULES["radam"]
@@ -607,8 +607,7 @@ class AdEMAMix(Optimizer):
         t_beta3: int | None = None,
         *,
         maximize: bool = False,
-        state_dtype: str | None = None,
-        backend: str | None = None,
+        **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_betas(betas)
@@ -630,7 +629,7 @@ class AdEMAMix(Optimizer):
             "t_beta3": t_beta3,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, state_dtype=state_dtype, backend=backend)
+        super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
         return RULES["ademamix"]
@@ -662,6 +661,53 @@ class AdEMAMix(Optimizer):
             "step_slow": lr * alpha * correction2,
             "eps": group["eps"] * correction2,
         }
+
+
+# --- 8-bit state by another name ---
+
+_INT8 = GroupOptions({**GROUP_OPTIONS, "state_dtype": "int8"})
+
+
+class SGD8bit(SGD):
+    """`SGD` with state_dtype="int8"."""
+
+    group_options = _INT8
+
+
+class Adagrad8bit(Adagrad):
+    """`Adagrad` with state_dtype="int8"."""
+
+    group_options = _INT8
+
+
+class RMSprop8bit(RMSprop):
+    """`RMSprop` with state_dtype="int8"."""
+
+    group_options = _INT8
+
+
+class Lion8bit(Lion):
+    """`Lion` with state_dtype="int8"."""
+
+    group_options = _INT8
+
+
+class Adam8bit(Adam):
+    """`Adam` with state_dtype="int8". Weight decay is an L2 penalty, where bitsandbytes' Adam8bit decouples it."""
+
+    group_options = _INT8
+
+
+class AdamW8bit(AdamW):
+    """`AdamW` with state_dtype="int8"."""
+
+    group_options = _INT8
+
+
+class AdEMAMix8bit(AdEMAMix):
+    """`AdEMAMix` with state_dtype="int8"."""
+
+    group_options = _INT8
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from typing_extensions import Unpack
 
 from . import _checks
+from ._state import (
+    Group,
+    converted,
+    converted_master,
+    dtype_of,
+    key_of,
+    local_shard,
+    master_dtype,
+    new_master,
+    new_state,
+    stored,
+)
 from .backends import Backend, Cpu, Eager, Update, check_backend, choose, native, requested_backend
 from .binding import Rule
-from .codecs import STATE_DTYPES, state_dtype
+from .codecs import SCALE_SUFFIX
 
-Group = dict[str, Any]
 Number = Any
 """A float, or a zero-dimensional float64 tensor: `scalars` computes on either."""
 
@@ -39,7 +52,28 @@ _ABSENT = {
 }
 
 # Options that decide what a plan does, beside the rule.
-_PLANNED_OPTIONS = ("maximize", "state_dtype", "capturable", "differentiable")
+_PLANNED_OPTIONS = ("maximize", "state_dtype", "master", "rounding", "capturable", "differentiable")
+
+
+class GroupOptions(TypedDict, total=False):
+    """What every optimizer takes beside its own arguments; a parameter group may set each for itself."""
+
+    state_dtype: str | None
+    min_quantized_size: int
+    master: str | None
+    rounding: str
+    seed: int
+
+
+class Options(GroupOptions, total=False):
+    backend: str | None
+
+
+GROUP_OPTIONS = GroupOptions(state_dtype=None, min_quantized_size=4096, master=None, rounding="nearest", seed=0)
+"""Their defaults."""
+
+# How things are stored: a checkpoint does not change it.
+_STORAGE_OPTIONS = ("state_dtype", "min_quantized_size", "master", "rounding")
 
 
 @dataclass
@@ -48,6 +82,7 @@ class _Entry:
 
     group: int
     param: Tensor
+    number: int  # among all parameters
     what: str  # its name, for messages
     rule: Rule
     backend: Backend
@@ -60,8 +95,14 @@ class Optimizer(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters or groups, as for `torch.optim.Optimizer`.
         defaults: the options of a group that does not set them.
-        state_dtype: storage of the states: None for torch's choice (the parameter's dtype), "float32", or "bfloat16"
-            (signed states only; unsigned ones, like second moments, are then float32).
+        state_dtype: storage of the states: None for torch's choice (the parameter's dtype), "float32", "bfloat16"
+            (signed states only; unsigned ones, like second moments, are then float32) or "int8" (block-wise codes,
+            `NAME`, with a float32 scale for every 256 elements, `NAME_scale`).
+        min_quantized_size: parameters of fewer elements have float32 state under "int8".
+        master: for parameters of 16 bits: None, "float32" (a copy that is updated, of which the parameter is the rounded
+            form), or for bfloat16 "split16" (the 16 bits that the parameter lacks of float32) or "split8" (8 of them).
+        rounding: "nearest" or "stochastic", of a parameter of 16 bits, or of the 24 of "split8".
+        seed: of stochastic rounding, which depends on it, the step, the parameter's number and the element alone.
         backend: None for the fastest that serves a parameter, or the name of one.
 
     Raises:
@@ -78,13 +119,31 @@ class Optimizer(torch.optim.Optimizer):
     counters: ClassVar[Mapping[str, float]] = {"step": 0.0}
     """Zero-dimensional CPU tensors in the state that `advance` counts on, and their first values."""
 
-    def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], *, state_dtype: str | None = None, backend: str | None = None
-    ):
-        self._backend = check_backend(backend, "backend")
+    group_options: ClassVar[GroupOptions] = GROUP_OPTIONS
+    """Defaults of the options that every class takes."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # For help() and for frameworks that pass on what a signature names.
+        signature = inspect.signature(cls.__init__)
+        own = [p for name, p in signature.parameters.items() if p.kind != p.VAR_KEYWORD and name != "self"]
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in {**cls.group_options, "backend": None}.items()
+            if name not in signature.parameters
+        ]
+        takes_options = len(own) + 1 < len(signature.parameters)
+        cls.__signature__ = signature.replace(parameters=own + options * takes_options)  # type: ignore[attr-defined]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]):
+        unknown = sorted(options.keys() - {*GROUP_OPTIONS, "backend"})
+        if unknown:
+            known = ", ".join(inspect.signature(type(self)).parameters)
+            raise TypeError(f"{type(self).__name__} got an unexpected argument {unknown[0]!r}; it takes {known}")
+        self._backend = check_backend(options.pop("backend", None), "backend")
         self._plan: Any = None
         self._planned: list[tuple[Any, ...]] = []
-        super().__init__(params, {**defaults, "state_dtype": state_dtype})
+        super().__init__(params, {**defaults, **self.group_options, **options})
         if defaults.get("fused"):
             # As torch: GradScaler then leaves unscaling and skipping to the step.
             self._step_supports_amp_scaling = True
@@ -110,10 +169,20 @@ class Optimizer(torch.optim.Optimizer):
     # --- groups ---
 
     def add_param_group(self, param_group: Group) -> None:
-        check_state_dtype(param_group.get("state_dtype", self.defaults["state_dtype"]))
+        _checks.check_options({**self.defaults, **param_group})
         if param_group.get("differentiable", self.defaults.get("differentiable")):
             raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
         super().add_param_group(param_group)
+        try:
+            self._check_masters(len(self.param_groups) - 1)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _check_masters(self, index: int) -> None:
+        group = self.param_groups[index]
+        for param, what in zip(group["params"], parameter_names(group, index)):
+            _checks.check_master(param, group["master"], what)
 
     # --- the step ---
 
@@ -166,11 +235,15 @@ class Optimizer(torch.optim.Optimizer):
         if not (fits and self._run(self._plan, self.state, self.param_groups, self._scalars, grad_scale)):
             self._plan = None
             self._replan(form, requested, grad_scale)
+        for group in self.param_groups:
+            if group["rounding"] == "stochastic":
+                group["rounding_step"] += 1
 
     @staticmethod
     def _run(plan: Any, state: Any, groups: list[Group], scalars: Any, grad_scale: float) -> bool:
         """False where the plan does not fit."""
-        stepped = plan.step(state, groups, scalars, torch.get_num_threads(), grad_scale)
+        draws = [(group["seed"], group.get("rounding_step", 0)) for group in groups]
+        stepped = plan.step(state, groups, scalars, torch.get_num_threads(), grad_scale, draws)
         if stepped is None:
             return False
         # So that autograd refuses a backward through values saved before the step, as after any update in place.
@@ -192,8 +265,10 @@ class Optimizer(torch.optim.Optimizer):
         entries = list(self._entries(requested))
         if not entries:
             return
-        for group, counters in {(entry.group, entry.counters) for entry in entries}:
-            self._scalars(group, *counters)  # raises, while nothing has changed, where a hyperparameter is not valid
+        for index, counters in {(entry.group, entry.counters) for entry in entries}:
+            self._scalars(index, *counters)  # raises, while nothing has changed, where a hyperparameter is not valid
+        for group in self.param_groups:
+            _count_roundings(group)
         for entry in entries:
             self._init_state(entry.param, self.param_groups[entry.group])
         repeated = len({entry.param for entry in entries}) < len(entries)
@@ -206,7 +281,9 @@ class Optimizer(torch.optim.Optimizer):
                 seen.add(entry.param)
                 self._run_once([entry], grad_scale)
         elif all(isinstance(entry.backend, Cpu) for entry in entries) and self._is_plannable():
-            self._plan = self._make_plan(self.state, self.param_groups, entries)
+            sizes = [len(group["params"]) for group in self.param_groups]
+            firsts = [sum(sizes[:index]) for index in range(len(sizes))]
+            self._plan = self._make_plan(self.state, self.param_groups, firsts, entries)
             self._planned = form
             self._run_new(self._plan, self.state, self.param_groups, self._scalars, grad_scale)
         else:
@@ -228,15 +305,25 @@ class Optimizer(torch.optim.Optimizer):
             def scalars(index: int, *counters: float) -> Any:
                 return self._scalars(on_cpu[index].group, *counters)
 
-            self._run_new(self._make_plan(state, groups, on_cpu), state, groups, scalars, grad_scale)
+            plan = self._make_plan(state, groups, [entry.number for entry in on_cpu], on_cpu)
+            self._run_new(plan, state, groups, scalars, grad_scale)
         for entry in entries:
             if not isinstance(entry.backend, Cpu):
                 self._step_eagerly(entry, grad_scale)
 
-    def _make_plan(self, state: Any, groups: list[Group], entries: list[_Entry]) -> Any:
+    def _make_plan(self, state: Any, groups: list[Group], firsts: list[int], entries: list[_Entry]) -> Any:
         specs = [
-            (rule.name, bool(group.get("maximize", False)), list(rule.states), list(self.counters))
-            for group in groups
+            native().GroupSpec(
+                rule=rule.name,
+                maximize=bool(group.get("maximize", False)),
+                states=list(rule.states),
+                is_signed=[self.states[name] == "signed" for name in rule.states],
+                counters=list(self.counters),
+                has_master=group["master"] is not None,
+                stochastic=group["rounding"] == "stochastic",
+                first_parameter=first,
+            )
+            for group, first in zip(groups, firsts, strict=True)
             for rule in [self.rule(group)]
         ]
         fresh = {entry.param for entry in entries if entry.counters == (0.0,)}
@@ -252,32 +339,44 @@ class Optimizer(torch.optim.Optimizer):
     def _step_eagerly(self, entry: _Entry, grad_scale: float) -> None:
         scalars, advanced = self._scalars(entry.group, *entry.counters)
         state = self.state.get(entry.param, {})
-        states = [local_shard(state[name]) for name in entry.rule.states]
-        sign = -1.0 if self.param_groups[entry.group].get("maximize") else 1.0
-        assert entry.param.grad is not None
-        grad = local_shard(entry.param.grad)
-        Eager.step(Update(entry.rule, local_shard(entry.param), grad, states, scalars, sign * grad_scale))
+        param, group = entry.param, self.param_groups[entry.group]
+        assert param.grad is not None
+        update = Update(
+            entry.rule,
+            local_shard(param),
+            local_shard(param.grad),
+            [stored(state, name, self.states[name]) for name in entry.rule.states],
+            scalars,
+            -grad_scale if group.get("maximize") else grad_scale,
+            local_shard(state["master"]) if master_dtype(param, group) else None,
+            key_of(param, group, entry.number),
+        )
+        Eager.step(update)
         for name, value in zip(self.counters, advanced):
             state[name].fill_(value)
 
     def _entries(self, requested: str | None) -> Iterator[_Entry]:
         """Every parameter with a gradient, checked."""
+        number = -1
         for index, group in enumerate(self.param_groups):
             if group.get("capturable"):
                 raise RuntimeError(_checks.NOT_CAPTURABLE)
             if group.get("differentiable"):
                 raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
-            check_state_dtype(group["state_dtype"])
+            _checks.check_options(group)
             rule = self.rule(group)
             for param, what in zip(group["params"], parameter_names(group, index)):
+                number += 1
                 if param.grad is None:
                     continue
                 _checks.check_param(param, local_shard(param), what)
                 _checks.check_grad(param, param.grad, type(self).__name__, what)
+                _checks.check_master(param, group["master"], what)
                 state = self.state.get(param, {})
-                _checks.check_state(param, {name: state[name] for name in rule.states if name in state}, what)
+                _checks.check_state(param, state, rule.states, what)
+                _checks.check_master_state(param, state.get("master"), master_dtype(param, group), what)
                 backend = choose(local_shard(param), requested, what)
-                yield _Entry(index, param, what, rule, backend, self._count(state, rule, what))
+                yield _Entry(index, param, number, what, rule, backend, self._count(state, rule, what))
 
     def _count(self, state: Mapping[str, Any], rule: Rule, what: str) -> tuple[float, ...]:
         """The counters' values. A class without any still tells the first step, 0, from the others, 1."""
@@ -288,21 +387,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def _init_state(self, param: Tensor, group: Group) -> None:
         """Create what the parameter's state lacks, and bring its counters to the CPU."""
-        rule = self.rule(group)
-        if not rule.states and not self.counters:
+        rule, master = self.rule(group), master_dtype(param, group)
+        if not rule.states and not self.counters and not master:
             return
         state = self.state[param]
         for name, first in self.counters.items():
             state[name] = _counter(state.get(name, first))
         for name in rule.states:
             if state.get(name) is None:
-                state[name] = self._new_state(name, param, group["state_dtype"])
-
-    def _new_state(self, name: str, param: Tensor, option: str | None) -> Tensor:
-        first = self.initial(name)
-        dtype = state_dtype(option, self.states[name], param.dtype)
-        value = complex(first, first) if dtype.is_complex else first
-        return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+                kind = self.states[name]
+                state.update(new_state(name, param, kind, dtype_of(param, kind, group), self.initial(name)))
+        if master and state.get("master") is None:
+            state["master"] = new_master(param, master)
 
     # --- state_dict, pickle ---
 
@@ -319,19 +415,22 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, _ABSENT.get(name, default))
+            _count_roundings(group)
             for param in group["params"]:
                 own = self.state.get(param, {})
                 own.update({name: _counter(own[name]) for name in self.counters if name in own})
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict saved by this class or its torch.optim counterpart.
+        """Load a state_dict saved by this class, its torch.optim counterpart, or bitsandbytes' or torchao's.
 
         Every tensor is copied. A loaded state keeps its dtype, unless `state_dtype` asks for another; torch would cast
-        it to the parameter's. How state is stored is this optimizer's choice, not the checkpoint's.
+        it to the parameter's. How state and parameters are stored is this optimizer's choice, not the checkpoint's:
+        codes of 8 bits are taken as they are under "int8", and read as numbers where not.
 
         Raises:
-            ValueError: the groups do not match, or a state is not of its parameter's shape; nothing has changed then.
+            ValueError: the groups do not match, or a state is not of its parameter's shape, or codes are not in blocks
+                of 256 or of another map; nothing has changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -342,42 +441,47 @@ class Optimizer(torch.optim.Optimizer):
         owner = {}
         for index, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             for key, param, what in zip(saved_group["params"], group["params"], parameter_names(group, index)):
-                owner[key] = (param, group["state_dtype"], what)
+                owner[key] = (param, group, what)
+            _checks.check_saved_format(saved_group, index)
             saved_group["params"] = group["params"]
-            saved_group["state_dtype"] = group["state_dtype"]
+            saved_group.update({name: group[name] for name in _STORAGE_OPTIONS})
             if "param_names" in group:
                 saved_group.setdefault("param_names", group["param_names"])
         state: defaultdict[Any, Any] = defaultdict(dict)
         for key, saved in state_dict["state"].items():
             if key in owner:
-                param, option, what = owner[key]
-                state[param] = {
-                    name: self._load_value(name, value, param, option, what)
-                    for name, value in saved.items()
-                    if value is not None
-                }
+                param, group, what = owner[key]
+                state[param] = self._load_state(saved, param, group, what)
             else:
                 state[key] = saved
         self.__setstate__({"state": state, "param_groups": saved_groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _load_value(self, name: str, value: Any, param: Tensor, option: str | None, what: str) -> Any:
-        if name in self.counters:
-            _checks.check_counters({name: value}, what)
-            return _counter(value).clone()
-        if name not in self.states:
-            return value.to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        _checks.check_state(param, {name: value}, what, same_device=False)
-        dtype = value.dtype if option is None else state_dtype(option, self.states[name], param.dtype)
-        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
-
-
-def check_state_dtype(option: str | None) -> None:
-    """Raises ValueError where `option` is no `state_dtype`."""
-    if option not in STATE_DTYPES:
-        known = ", ".join(repr(dtype) for dtype in STATE_DTYPES)
-        raise ValueError(f"state_dtype={option!r} is not supported; use one of {known}")
+    def _load_state(self, saved: Mapping[str, Any], param: Tensor, group: Group, what: str) -> dict[str, Any]:
+        """Copies of one parameter's saved state, stored as the group's options say."""
+        _checks.check_state(param, saved, self.states, what, same_device=False)
+        scales = [name + SCALE_SUFFIX for name in self.states]
+        loaded: dict[str, Any] = {}
+        for name, value in saved.items():
+            if value is None or name in scales:
+                continue
+            if name in self.counters:
+                _checks.check_counters({name: value}, what)
+                loaded[name] = _counter(value).clone()
+            elif name in self.states:
+                dtype = dtype_of(param, self.states[name], group)
+                if group["state_dtype"] is None and value.dtype != torch.uint8:
+                    dtype = value.dtype
+                loaded.update(converted(saved, name, param, self.states[name], dtype, copy=True))
+            elif name == "master":
+                master = master_dtype(param, group)
+                if master:
+                    _checks.check_master_state(param, value, value.dtype, what, same_device=False)
+                    loaded[name] = converted_master(value, param, master)
+            else:
+                loaded[name] = value.to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        return loaded
 
 
 def parameter_names(group: Group, index: int) -> list[str]:
@@ -387,9 +491,10 @@ def parameter_names(group: Group, index: int) -> list[str]:
     return names + [f"parameter {position} of group {index}" for position in range(len(names), len(group["params"]))]
 
 
-def local_shard(tensor: Tensor) -> Tensor:
-    """A DTensor's shard, or the tensor itself."""
-    return getattr(tensor, "_local_tensor", tensor)
+def _count_roundings(group: Group) -> None:
+    """Have the steps of stochastic rounding counted, from 0 where there were none."""
+    if group["rounding"] == "stochastic":
+        group.setdefault("rounding_step", 0)
 
 
 def _counter(value: Any) -> Tensor:

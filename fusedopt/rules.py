@@ -63,25 +63,25 @@ def rmsprop_momentum(p, g, square_avg, momentum_buffer, l2, w2, momentum, lr, ep
     return p, square_avg, momentum_buffer
 
 
-def rmsprop_centered(p, g, square_avg, grad_avg, l2, w2, lr, eps):
+def rmsprop_centered(p, g, square_avg, grad_avg, l2, w2, floor, lr, eps):
     """RMSprop normalized by an estimate of the variance (Graves, arXiv:1308.0850).
 
-    Rounding can make the mean square smaller than the squared mean; the variance is clamped at zero.
+    Rounding can make the mean square smaller than the squared mean; the variance is at least `floor` of the mean square.
     """
     g = g + l2 * p
     square_avg = square_avg + w2 * (g * g - square_avg)
     grad_avg = grad_avg + w2 * (g - grad_avg)
-    variance = maximum(square_avg - grad_avg * grad_avg, 0)
+    variance = maximum(square_avg - grad_avg * grad_avg, floor * square_avg)
     p = p - lr * g / (sqrt(variance) + eps)
     return p, square_avg, grad_avg
 
 
-def rmsprop_centered_momentum(p, g, square_avg, momentum_buffer, grad_avg, l2, w2, momentum, lr, eps):
+def rmsprop_centered_momentum(p, g, square_avg, momentum_buffer, grad_avg, l2, w2, floor, momentum, lr, eps):
     """Centered RMSprop with momentum."""
     g = g + l2 * p
     square_avg = square_avg + w2 * (g * g - square_avg)
     grad_avg = grad_avg + w2 * (g - grad_avg)
-    variance = maximum(square_avg - grad_avg * grad_avg, 0)
+    variance = maximum(square_avg - grad_avg * grad_avg, floor * square_avg)
     momentum_buffer = momentum * momentum_buffer + g / (sqrt(variance) + eps)
     p = p - lr * momentum_buffer
     return p, square_avg, momentum_buffer, grad_avg
