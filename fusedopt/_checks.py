@@ -110,8 +110,8 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={group[name]!r} is not supported; use one of {', '.join(map(repr, known))}")
     if group["rounding"] == "stochastic" and group["master"] in ("float32", "split16"):
         raise ValueError(
-            f"rounding='stochastic' with master={group['master']!r}: the master copy is float32, so that nothing is lost "
-            "to rounding; use one or the other, or master='split8'"
+            f"rounding='stochastic' with master={group['master']!r}: that keeps float32, of which rounding loses "
+            "nothing; use one or the other, or master='split8'"
         )
     for name, limit in (("min_quantized_size", 2**63), ("seed", 2**64)):
         value = group[name]

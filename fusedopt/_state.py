@@ -111,7 +111,8 @@ def converted(
         for each in names:
             result[each].copy_(state[each])
     elif state[name].dtype == torch.uint8:
-        encode(decode(stored(state, name, kind), torch.float32).to(local_shard(param).device), local_shard(result[name]))
+        values = decode(stored(state, name, kind), torch.float32)
+        encode(values.to(param.device), local_shard(result[name]))
     elif dtype == torch.uint8:
         values = _like(param, torch.float32, 0.0, torch.contiguous_format).copy_(state[name])
         encode(local_shard(values), stored(result, name, kind))

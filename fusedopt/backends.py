@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .binding import Rule
-from .codecs import MASTERS, STATE_DTYPES, STORAGE_DTYPES, Key, State, decode, decode_parameter, encode, encode_parameter
+from .codecs import STORAGE_DTYPES, Key, State, decode, decode_parameter, encode, encode_parameter
 
 
 @dataclass
@@ -236,6 +236,6 @@ def explain() -> Explanation:
     requested = requested_backend()
     notes = (
         f"in use: {requested or 'the first that can step the parameter'}",
-        f"every backend: every rule, any mix of {dtypes}; complex64, complex128",
+        f"every backend: every rule, any mix of {dtypes}; complex64, complex128; 8-bit state",
     )
     return Explanation(tuple(rows), notes)

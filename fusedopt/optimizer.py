@@ -99,8 +99,8 @@ class Optimizer(torch.optim.Optimizer):
             (signed states only; unsigned ones, like second moments, are then float32) or "int8" (block-wise codes,
             `NAME`, with a float32 scale for every 256 elements, `NAME_scale`).
         min_quantized_size: parameters of fewer elements have float32 state under "int8".
-        master: for parameters of 16 bits: None, "float32" (a copy that is updated, of which the parameter is the rounded
-            form), or for bfloat16 "split16" (the 16 bits that the parameter lacks of float32) or "split8" (8 of them).
+        master: for parameters of 16 bits: None, "float32" (a copy that is updated, of which the parameter is the
+            rounded form), or for bfloat16 "split16" (the 16 bits that it lacks of float32) or "split8" (8 of them).
         rounding: "nearest" or "stochastic", of a parameter of 16 bits, or of the 24 of "split8".
         seed: of stochastic rounding, which depends on it, the step, the parameter's number and the element alone.
         backend: None for the fastest that serves a parameter, or the name of one.

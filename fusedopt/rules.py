@@ -66,7 +66,7 @@ def rmsprop_momentum(p, g, square_avg, momentum_buffer, l2, w2, momentum, lr, ep
 def rmsprop_centered(p, g, square_avg, grad_avg, l2, w2, floor, lr, eps):
     """RMSprop normalized by an estimate of the variance (Graves, arXiv:1308.0850).
 
-    Rounding can make the mean square smaller than the squared mean; the variance is at least `floor` of the mean square.
+    Rounding can make the mean square less than the squared mean; the variance is at least `floor` of the mean square.
     """
     g = g + l2 * p
     square_avg = square_avg + w2 * (g * g - square_avg)

@@ -28,6 +28,7 @@ from torch.optim import lr_scheduler
 
 import fusedopt
 from fusedopt.optim import OPTIMIZERS
+from fusedopt.optimizer import GROUP_OPTIONS
 
 KNOWN = {cls.torch_class: cls for cls in OPTIMIZERS.values() if cls.torch_class is not None}
 
@@ -58,7 +59,7 @@ def test_swapping_amid_training(
 
     assert fusedopt.swap(optimizer, backend=backend) is optimizer
     assert type(optimizer) is cls and optimizer.param_groups is groups and optimizer.state is state
-    assert groups[0] == {**options, "state_dtype": None} and groups[0]["params"] is options["params"]
+    assert groups[0] == {**options, **GROUP_OPTIONS} and groups[0]["params"] is options["params"]
     for param, before in tensors.items():
         assert list(state[param]) == list(before)
         assert all(value is before[name] for name, value in state[param].items())
