@@ -52,10 +52,15 @@ def test_narrow_weights_are_normalized_in_float32() -> None:
     torch.testing.assert_close(embedding(index), expected, rtol=0, atol=0)
 
 
+def remade(embedding: Any) -> Any:
+    """On another device, and so with another parameter."""
+    return embedding.to("meta").to_empty(device="cpu")
+
+
 @pytest.mark.parametrize(
     "copied",
-    [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.double(), lambda x: x.to("cpu")],
-    ids=["itself", "deepcopy", "pickle", "double", "to"],
+    [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.double(), remade],
+    ids=["itself", "deepcopy", "pickle", "double", "remade"],
 )
 def test_state_stays_float32(copied: Any) -> None:
     """Also where a copy of the module lost what was said of its parameter; other parameters are quantized."""
