@@ -1,6 +1,7 @@
 """Fused-kernel optimizers for PyTorch: each update rule stated once, the same bits on every backend."""
 
 from . import optim
+from ._embedding import StableEmbedding
 from ._swap import swap
 from ._version import __version__
 from .backends import explain, use_backend
@@ -44,6 +45,7 @@ __all__ = [
     "RMSprop",
     "RMSprop8bit",
     "SGD8bit",
+    "StableEmbedding",
     "__version__",
     "explain",
     "optim",

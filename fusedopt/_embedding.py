@@ -19,16 +19,9 @@ class StableEmbedding(nn.Embedding):
     `norm`, float32 unless that is cast.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        *args: Any,
-        device: torch.device | str | None = None,
-        **options: Any,
-    ):
-        super().__init__(num_embeddings, embedding_dim, *args, device=device, **options)
-        self.norm = nn.LayerNorm(embedding_dim, device=device, dtype=torch.float32)
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **options: Any):
+        super().__init__(num_embeddings, embedding_dim, *args, **options)
+        self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device, dtype=torch.float32)
         self._mark()
 
     def reset_parameters(self) -> None:

@@ -41,7 +41,11 @@ PEERS = {
     },
     **{("torchao", name + bits): name for name in ("Adam", "AdamW") for bits in ("8bit", "4bit", "Fp8")},
 }
-"""The name of fusedopt's class for a package and the name of a class in its `optim`."""
+"""The name of fusedopt's class for a package and the name of its class."""
+
+
+KNOWN = f"bitsandbytes' {', '.join(_BITSANDBYTES)} and torchao's Adam and AdamW"
+"""For messages."""
 
 
 def counterpart(optimizer: Any) -> str | None:
@@ -50,7 +54,7 @@ def counterpart(optimizer: Any) -> str | None:
     A subclass is not taken, since it may step differently.
     """
     cls = type(optimizer)
-    return PEERS.get((cls.__module__.partition(".optim.")[0], cls.__name__))
+    return PEERS.get((cls.__module__.partition(".")[0], cls.__name__))
 
 
 # --- a running optimizer ---
@@ -69,7 +73,7 @@ class Translated:
 
     defaults: Group
     groups: list[Group]
-    states: dict[Tensor, Entries]
+    states: dict[Tensor, Mapping[str, Any]]
     state_dtypes: dict[Tensor, str]
 
 
@@ -294,7 +298,8 @@ def _averages(
     each = state.to(param.device).unbind() if stack else [state.to(param.device)]
     if state.dtype.is_floating_point:
         return dict(zip(names, each))
-    absmax, qmap = saved.get("absmax" + number), saved.get("qmap" + number)
+    absmax: Any = saved.get("absmax" + number)
+    qmap: Any = saved.get("qmap" + number)
     _check(absmax, (*stack, blocks(param.numel())), f"'absmax{number}', one for each block of {BLOCK}, of {what}")
     _check_map(qmap, map, f"'qmap{number}' of {what}")
     if stack:
@@ -330,7 +335,8 @@ def _is_torchao(value: Any) -> bool:
 
 
 def _from_torchao(name: str, value: Any, kind: str, param: Tensor, what: str) -> Entries:
-    local, like = local_shard(value), local_shard(param)
+    local: Any = local_shard(value)
+    like = local_shard(param)
     if local.shape != like.shape or local.scale.numel() * local.block_size != local.numel():
         raise ValueError(
             f"the state {name!r} of {what} has shape {tuple(local.shape)} and {local.scale.numel()} scales of "

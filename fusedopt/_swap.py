@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from typing_extensions import Unpack
 
-from . import _checks
+from . import _checks, _foreign
 from ._state import converted, converted_master, dtype_of, local_shard, master_dtype
 from .backends import check_backend
 from .codecs import SCALE_SUFFIX
@@ -23,14 +23,16 @@ _KNOWN = {cls.torch_class: cls for cls in OPTIMIZERS.values() if cls.torch_class
 
 
 def swap(optimizer: _T, **options: Unpack[Options]) -> _T:
-    """Make a torch optimizer a fusedopt one, in place, and return it.
+    """Make an optimizer of torch, bitsandbytes or torchao a fusedopt one, in place, and return it.
 
     The object keeps its identity, parameter groups, state, step counts, hyperparameters and hooks, and every LR
     scheduler attached before or after keeps driving it. A `step` that a scheduler or a framework has wrapped stays
     wrapped, around the fused step. An optimizer of fusedopt's is returned as it is, with the options applied.
 
     Args:
-        optimizer: one of torch.optim's, or a wrapper (like Accelerate's) with one as its `optimizer`.
+        optimizer: one of torch.optim's, of bitsandbytes' in 8 or 32 bits, or torchao's low-bit Adam or AdamW, or a
+            wrapper (like Accelerate's) with one as its `optimizer`. bitsandbytes' Adam decays decoupled, so it becomes
+            AdamW. States of 8 bits stay in 8 bits, others of theirs become float32, unless `state_dtype` is given.
         options: `state_dtype`, `min_quantized_size`, `master`, `rounding`, `seed` and `backend`, as for every optimizer
             here; existing states are converted. One that is None or not given stays as it is.
 
@@ -49,26 +51,35 @@ def swap(optimizer: _T, **options: Unpack[Options]) -> _T:
 
 def _swap(optimizer: Any, wrapper: Any, options: dict[str, Any]) -> None:
     old = type(optimizer)
-    new = old if isinstance(optimizer, Optimizer) else _KNOWN.get(old)
+    peer = _foreign.counterpart(optimizer)
+    new = old if isinstance(optimizer, Optimizer) else OPTIMIZERS[peer] if peer else _KNOWN.get(old)
     if new is None:
         known = ", ".join(cls.__name__ for cls in _KNOWN)
         raise TypeError(
-            f"swap does not know {old.__module__}.{old.__qualname__}; it knows torch.optim's {known} "
-            "(not their subclasses, whose step may differ)"
+            f"swap does not know {old.__module__}.{old.__qualname__}; it knows torch.optim's {known}, "
+            f"{_foreign.KNOWN} (not their subclasses, whose step may differ)"
         )
     unknown = options.keys() - {*GROUP_OPTIONS, "backend"}
     if unknown:
         raise TypeError(f"swap has no option {min(unknown)!r}; it has {', '.join([*GROUP_OPTIONS, 'backend'])}")
     backend = check_backend(options.pop("backend", None), "backend")
-    changed = [{**new.group_options, **_options_of(group), **options} for group in optimizer.param_groups]
-    for index, (group, group_options) in enumerate(zip(optimizer.param_groups, changed, strict=True)):
-        _check_group(optimizer, new, {**group, **group_options}, index)
+    groups, states = optimizer.param_groups, optimizer.state
+    if peer:
+        names = [parameter_names(group, index) for index, group in enumerate(groups)]
+        translated = _foreign.translate(optimizer, new, names)
+        groups, states = translated.groups, translated.states
+    changed = [{**new.group_options, **_options_of(group), **options} for group in groups]
+    for index, (group, group_options) in enumerate(zip(groups, changed, strict=True)):
+        _check_group(states, new, {**group, **group_options}, index)
     changes = _rewrapped(optimizer, wrapper, new)
 
     if new is old and not options and backend is None:
         return
     optimizer.__class__ = new
     optimizer._backend = backend or getattr(optimizer, "_backend", None)
+    if peer:
+        _take_over(optimizer, new, translated, "state_dtype" in options)
+        options = {**_options_of(translated.defaults), **options}
     optimizer.defaults.update({**new.group_options, **_options_of(optimizer.defaults), **options})
     for group, group_options in zip(optimizer.param_groups, changed, strict=True):
         group.update(group_options)
@@ -80,11 +91,23 @@ def _swap(optimizer: Any, wrapper: Any, options: dict[str, Any]) -> None:
         change()
 
 
+def _take_over(optimizer: Any, new: Any, translated: _foreign.Translated, one_state_dtype: bool) -> None:
+    """Put what was translated in the place of the peer's own."""
+    optimizer.defaults = {**new([torch.nn.Parameter(torch.empty(0))]).defaults, **translated.defaults}
+    for group, ours in zip(optimizer.param_groups, translated.groups, strict=True):
+        group.clear()
+        group.update(ours)
+    for param, state in translated.states.items():
+        optimizer.state[param] = dict(state)
+    for param, state_dtype in () if one_state_dtype else translated.state_dtypes.items():
+        param.optimizer_state_dtype = state_dtype  # type: ignore[attr-defined]
+
+
 def _options_of(group: dict[str, Any]) -> dict[str, Any]:
     return {name: group[name] for name in GROUP_OPTIONS if name in group}
 
 
-def _check_group(optimizer: Any, new: type[Optimizer], group: dict[str, Any], index: int) -> None:
+def _check_group(states: Any, new: type[Optimizer], group: dict[str, Any], index: int) -> None:
     """Check that the group can be stepped, with its options."""
     if group.get("capturable"):
         raise RuntimeError(_checks.NOT_CAPTURABLE)
@@ -94,7 +117,7 @@ def _check_group(optimizer: Any, new: type[Optimizer], group: dict[str, Any], in
     for param, what in zip(group["params"], parameter_names(group, index)):
         _checks.check_param(param, local_shard(param), what)
         _checks.check_master(param, group["master"], what)
-        state = optimizer.state.get(param, {})
+        state = states.get(param, {})
         _checks.check_state(param, state, new.states, what, same_device=False)
         _checks.check_counters({name: state[name] for name in new.counters if name in state}, what)
 

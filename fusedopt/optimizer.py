@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from typing_extensions import Unpack
 
-from . import _checks
+from . import _checks, _foreign
 from ._state import (
     Group,
     converted,
@@ -437,6 +437,7 @@ class Optimizer(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         saved_groups = copy.deepcopy(state_dict["param_groups"])
+        saved_groups = [_foreign.translate_group(type(self), group) for group in saved_groups]
         _checks.check_groups(self.param_groups, saved_groups)
         owner = {}
         for index, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
@@ -451,6 +452,7 @@ class Optimizer(torch.optim.Optimizer):
         for key, saved in state_dict["state"].items():
             if key in owner:
                 param, group, what = owner[key]
+                saved = _foreign.translate_state(type(self), saved, param, what)
                 state[param] = self._load_state(saved, param, group, what)
             else:
                 state[key] = saved
