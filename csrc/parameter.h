@@ -79,11 +79,17 @@ FUSEDOPT_NOINLINE void keep_current(Storage storage, const float* __restrict par
   for (int64_t i = 0; i < n; ++i) master[i] = rounded[i] == param[i] ? master[i] : param[i];
 }
 
-// float32 from bfloat16 and the next 16 or 8 bits, a signed number.
+// float32 from bfloat16 and the next 16 or 8 bits, a signed number. Beyond zero and infinity, where only bits that were
+// left below another parameter lead, lies NaN.
 template <class Low>
 void join(const Low* __restrict low, float* __restrict values, int64_t n) {
   constexpr int shift = 16 - 8 * int(sizeof(Low));
-  for (int64_t i = 0; i < n; ++i) values[i] = float_of(bits_of(values[i]) + (uint32_t(int32_t(low[i])) << shift));
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bits_of(values[i]), magnitude = bits & 0x7fffffffu;
+    const int32_t next = low[i];
+    const bool beyond = (magnitude == 0 && next < 0) || (magnitude == 0x7f800000u && next > 0);
+    values[i] = float_of(bits + (beyond ? 0u : uint32_t(next) << shift));
+  }
 }
 
 FUSEDOPT_NOINLINE void join(Storage storage, const char* low, float* values, int64_t n) {

@@ -128,13 +128,15 @@ def check_master(param: Tensor, master: str | None, what: str) -> None:
 
 
 def check_master_state(
-    param: Tensor, master: Any, dtype: torch.dtype | None, what: str, same_device: bool = True
+    param: Tensor, master: Any, what: str, dtype: torch.dtype | None = None, same_device: bool = True
 ) -> None:
-    """Raises ValueError or TypeError where there is a master copy that is not of this dtype, or does not fit."""
-    if master is None or dtype is None:
+    """Raises ValueError or TypeError where a master copy does not fit, or is of another dtype than this."""
+    if master is None:
         return
     _check_like(param, master, f"the state 'master' of {what}", same_device)
-    if master.dtype != dtype or dtype not in MASTERS.values():
+    if master.dtype not in MASTERS.values():
+        raise TypeError(f"the state 'master' of {what} is {master.dtype}; it must be float32, int16 or int8")
+    if dtype not in (None, master.dtype):
         raise ValueError(
             f"the state 'master' of {what} is {master.dtype}, where the option master asks for {dtype}; load the "
             "optimizer's state_dict again to convert it"

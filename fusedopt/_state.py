@@ -23,6 +23,7 @@ from .codecs import (
     decode_parameter,
     encode,
     map_of,
+    nearest,
     remainder,
     rounding_key,
     state_dtype,
@@ -141,8 +142,13 @@ def converted_master(master: Tensor, param: Tensor, dtype: torch.dtype) -> Tenso
     if master.dtype == dtype:
         return result.copy_(master)
     master = local_shard(torch.empty_like(param, dtype=master.dtype, requires_grad=False).copy_(master))
-    values = decode_parameter(local_shard(param.detach()), master, torch.float32)
-    local_shard(result).copy_(values if dtype == torch.float32 else remainder(values, local_shard(param), dtype))
+    own = local_shard(param.detach())
+    values = decode_parameter(own, master, torch.float32)
+    if dtype == torch.float32:
+        # A tie that the split rounded away from zero would round to even, and the master count as out of date.
+        away = nearest(values, own.dtype) != own
+        values = (values.view(torch.int32) + away).view(torch.float32)
+    local_shard(result).copy_(values if dtype == torch.float32 else remainder(values, own, dtype))
     return result
 
 
@@ -150,4 +156,4 @@ def key_of(param: Tensor, group: Group, number: int) -> Key | None:
     """Of this step's random numbers for parameter number `number`, or None where it is rounded to nearest."""
     if group["rounding"] != "stochastic" or param.dtype not in NARROW:
         return None
-    return rounding_key(group["seed"], group["rounding_step"], number)
+    return rounding_key(group["seed"], group.get("rounding_step", 0), number)

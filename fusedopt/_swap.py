@@ -119,6 +119,8 @@ def _check_group(states: Any, new: type[Optimizer], group: dict[str, Any], index
         _checks.check_master(param, group["master"], what)
         state = states.get(param, {})
         _checks.check_state(param, state, new.states, what, same_device=False)
+        if master_dtype(param, group):
+            _checks.check_master_state(param, state.get("master"), what, same_device=False)
         _checks.check_counters({name: state[name] for name in new.counters if name in state}, what)
 
 

@@ -176,10 +176,11 @@ def encode(values: Tensor, stored: State) -> None:
     elif stored.is_complex():
         stored.copy_(torch.view_as_complex(values.contiguous()))
     else:
-        stored.copy_(_nearest(values, stored.dtype))
+        stored.copy_(nearest(values, stored.dtype))
 
 
-def _nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` rounded to a floating dtype, ties to even."""
     if dtype != torch.bfloat16:
         return values.to(dtype)
     # In integers: the processor's and Triton's own conversions flush subnormals or truncate.
@@ -252,15 +253,17 @@ def decode_parameter(param: Tensor, master: Tensor | None, dtype: torch.dtype) -
     """The parameter in the arithmetic dtype, with what its master copy knows beyond its own bits.
 
     A float32 master of which the parameter is not the rounded form is out of date, since someone has written to the
-    parameter: then the parameter counts.
+    parameter: then the parameter counts. Bits that were left below such a parameter move it by half a unit at most;
+    they are not let through zero or infinity, beyond which lies NaN.
     """
     values = decode(param, dtype)
     if master is None:
         return values
     if master.dtype == torch.float32:
-        return torch.where(_nearest(master, param.dtype).to(dtype) == values, master.to(dtype), values)
-    shift = 0 if master.dtype == torch.int16 else 8
-    return (values.view(torch.int32) + (master.int() << shift)).view(torch.float32)
+        return torch.where(nearest(master, param.dtype).to(dtype) == values, master.to(dtype), values)
+    low = master.int() << (0 if master.dtype == torch.int16 else 8)
+    low = torch.where((values == 0) & (low < 0) | values.isinf() & (low > 0), 0, low)
+    return (values.view(torch.int32) + low).view(torch.float32)
 
 
 def encode_parameter(values: Tensor, param: Tensor, master: Tensor | None, key: Key | None) -> None:
@@ -289,11 +292,11 @@ def _split(values: Tensor, param: Tensor, low: Tensor, key: Key | None) -> None:
     width = 8 * low.element_size()
     dropped = 16 - width
     if dropped:
-        nearest = bits + 0x7F + (bits >> 8 & 1)
+        rounded = bits + 0x7F + (bits >> 8 & 1)
         if key is not None:
             words = random_words(key, param.numel(), param.device).view(param.shape)
-            nearest = torch.where(values.abs() < _largest(0x7F7FFF00), bits + (words & 0xFF), nearest)
-        bits = nearest
+            rounded = torch.where(values.abs() < _largest(0x7F7FFF00), bits + (words & 0xFF), rounded)
+        bits = rounded
     bits = bits >> dropped
     high = bits + (1 << width - 1) >> width
     low.copy_(torch.where(values.isnan(), 0, bits - (high << width)))
@@ -319,7 +322,7 @@ def _stochastic_bfloat16(values: Tensor, words: Tensor) -> Tensor:
     """Up with the probability of the dropped bits; from the largest finite number on to nearest."""
     bits = values.view(torch.int32).long() & 0xFFFFFFFF
     rounded = (bits + (words & 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
-    return torch.where(values.abs() < _largest(0x7F7F0000), rounded, _nearest(values, torch.bfloat16))
+    return torch.where(values.abs() < _largest(0x7F7F0000), rounded, nearest(values, torch.bfloat16))
 
 
 def _stochastic_float16(values: Tensor, words: Tensor) -> Tensor:

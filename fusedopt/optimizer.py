@@ -237,7 +237,7 @@ class Optimizer(torch.optim.Optimizer):
             self._replan(form, requested, grad_scale)
         for group in self.param_groups:
             if group["rounding"] == "stochastic":
-                group["rounding_step"] += 1
+                group["rounding_step"] = group.get("rounding_step", 0) + 1
 
     @staticmethod
     def _run(plan: Any, state: Any, groups: list[Group], scalars: Any, grad_scale: float) -> bool:
@@ -267,8 +267,6 @@ class Optimizer(torch.optim.Optimizer):
             return
         for index, counters in {(entry.group, entry.counters) for entry in entries}:
             self._scalars(index, *counters)  # raises, while nothing has changed, where a hyperparameter is not valid
-        for group in self.param_groups:
-            _count_roundings(group)
         for entry in entries:
             self._init_state(entry.param, self.param_groups[entry.group])
         repeated = len({entry.param for entry in entries}) < len(entries)
@@ -374,7 +372,8 @@ class Optimizer(torch.optim.Optimizer):
                 _checks.check_master(param, group["master"], what)
                 state = self.state.get(param, {})
                 _checks.check_state(param, state, rule.states, what)
-                _checks.check_master_state(param, state.get("master"), master_dtype(param, group), what)
+                if master := master_dtype(param, group):
+                    _checks.check_master_state(param, state.get("master"), what, master)
                 backend = choose(local_shard(param), requested, what)
                 yield _Entry(index, param, number, what, rule, backend, self._count(state, rule, what))
 
@@ -415,7 +414,6 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, _ABSENT.get(name, default))
-            _count_roundings(group)
             for param in group["params"]:
                 own = self.state.get(param, {})
                 own.update({name: _counter(own[name]) for name in self.counters if name in own})
@@ -446,6 +444,7 @@ class Optimizer(torch.optim.Optimizer):
             _checks.check_saved_format(saved_group, index)
             saved_group["params"] = group["params"]
             saved_group.update({name: group[name] for name in _STORAGE_OPTIONS})
+            _checks.check_options({**self.defaults, **saved_group})
             if "param_names" in group:
                 saved_group.setdefault("param_names", group["param_names"])
         state: defaultdict[Any, Any] = defaultdict(dict)
@@ -479,7 +478,7 @@ class Optimizer(torch.optim.Optimizer):
             elif name == "master":
                 master = master_dtype(param, group)
                 if master:
-                    _checks.check_master_state(param, value, value.dtype, what, same_device=False)
+                    _checks.check_master_state(param, value, what, same_device=False)
                     loaded[name] = converted_master(value, param, master)
             else:
                 loaded[name] = value.to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
@@ -491,12 +490,6 @@ def parameter_names(group: Group, index: int) -> list[str]:
     names = [f"parameter {name!r}" for name in group.get("param_names", ())]
     # A parameter appended to the list afterwards has no name.
     return names + [f"parameter {position} of group {index}" for position in range(len(names), len(group["params"]))]
-
-
-def _count_roundings(group: Group) -> None:
-    """Have the steps of stochastic rounding counted, from 0 where there were none."""
-    if group["rounding"] == "stochastic":
-        group.setdefault("rounding_step", 0)
 
 
 def _counter(value: Any) -> Tensor:
