@@ -84,7 +84,8 @@ class Codes(NamedTuple):
     """A state in 8 bits.
 
     codes: uint8, of the parameter's shape.
-    scale: float32, one for each block; NaN where the block held NaN or infinity, and then all of it reads as NaN.
+    scale: float32, contiguous, one for each block and perhaps unused ones after them; NaN where the block held NaN or
+        infinity, and then all of it reads as NaN.
     """
 
     codes: Tensor
@@ -133,7 +134,7 @@ def quantize(values: Tensor, stored: Codes) -> None:
     else:
         code = torch.where(negative, 0, k)
     stored.codes.copy_(code.flatten()[: len(flat)].view(stored.codes.shape))
-    stored.scale.copy_(scale.view(stored.scale.shape))
+    stored.scale.view(-1)[: len(scale)].copy_(scale)
 
 
 def _index(x: Tensor, map: DynamicMap) -> Tensor:
