@@ -54,6 +54,14 @@ def _names(known: Iterable[str]) -> Callable[[click.Context, click.Parameter, Se
     return callback
 
 
+def _baselines(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[str]:
+    """Check names of providers, each of which may follow the name of an op and a colon."""
+    names = [name for value in values for name in value.split(",")]
+    _names(OPS)(ctx, param, [name.rpartition(":")[0] for name in names if ":" in name])
+    _names(PROVIDERS)(ctx, param, [name.rpartition(":")[2] for name in names])
+    return list(dict.fromkeys(names))
+
+
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.device:
     try:
         device = torch.device(value)
@@ -91,7 +99,17 @@ def _output(ctx: click.Context, param: click.Parameter, path: Path | None) -> Pa
 _file = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
-@click.command(cls=BenchCommand, epilog="Two runs side by side: fusedopt bench compare --help")
+EXAMPLES = """\b
+Examples:
+  fusedopt bench adamw --preset large,many,mlp --baseline torch-fused,torch
+  fusedopt bench adamw --preset large --dtype int8 --baseline torch-fused,bitsandbytes-8bit,torchao-8bit
+  fusedopt bench lion --preset large --dtype int8 --baseline adamw:torch-fused
+
+Two runs side by side: fusedopt bench compare --help
+"""
+
+
+@click.command(cls=BenchCommand, epilog=EXAMPLES)
 @click.argument("ops", nargs=-1, callback=_names([*OPS, ALL]))
 @click.option(
     "--preset",
@@ -122,8 +140,9 @@ _file = click.Path(dir_okay=False, writable=True, path_type=Path)
     "baselines",
     multiple=True,
     metavar="NAME",
-    callback=_names(PROVIDERS),
-    help=f"Whom to state speed-ups against: first of {', '.join(DEFAULT_BASELINES)} unless given.",
+    callback=_baselines,
+    help="Whom to state speed-ups against, also another op's as in adamw:torch-fused: "
+    f"first of {', '.join(DEFAULT_BASELINES)} unless given.",
 )
 @click.option("--device", default="cpu", show_default=True, callback=_device, help="cpu or cuda.")
 @click.option("--threads", type=click.IntRange(1), help="torch.set_num_threads.")
@@ -177,7 +196,9 @@ def bench(
 
     On the CPU, host time is that of a step over as many tensors of one element each: what does not depend on their
     size. On a GPU it is the time to launch a step. GB/s counts what the rule must read and write, as the provider
-    stores it. Extra memory is what a step holds at its peak beyond what was held before.
+    stores it. Extra memory is what a step holds at its peak beyond what was held before. State bytes are all tensors
+    that the optimizer keeps; 8-bit optimizers keep float32 state for tensors of fewer than 4096 elements. A baseline
+    that cannot store things as the dtype says is measured in float32: NAME@fp32.
     """
     console = _console()
     if list_only:
@@ -252,7 +273,7 @@ def _show(progress: Progress, task: TaskID, done: int, part: float) -> None:
 def _console() -> Console:
     """Standard output; where that is no terminal, wide enough for every column."""
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=180)
 
 
 def _chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
@@ -265,7 +286,11 @@ def _print_list(console: Console, device: torch.device) -> None:
     """Ops, providers with why one does not run here, presets and precisions."""
     table = Table("op", "providers", title="ops", title_justify="left")
     for op in OPS.values():
-        having = [name for name, provider in PROVIDERS.items() if not op.lacks(provider, PRECISIONS["fp32"], device)]
+        having = [
+            name
+            for name, provider in PROVIDERS.items()
+            if not all(op.lacks(provider, precision, device) for precision in PRECISIONS.values())
+        ]
         table.add_row(op.name, ", ".join(having))
     console.print(table)
     table = Table("provider", "here", title="providers", title_justify="left")

@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "NAdam": {"lr": 1e-3},
     "RAdam": {"lr": 1e-3},
     "Lion": {"lr": 2e-4, "weight_decay": 0.5},
-    "AdEMAMix": {"lr": 1e-3, "weight_decay": 0.1},
+    "AdEMAMix": {"lr": 3e-4, "weight_decay": 0.1},
 }
 
 # When are two training curves the same? The runs may differ in the last bit of a parameter, and training amplifies
@@ -53,15 +53,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 #   4.8e-7, and rounding alone moves the first 20 losses by two of them at most. 1e-4 is 200 of them; in the default
 #   run eps = 1e-6 in place of 1e-8 moves 2e-4, a learning rate off by 0.1 % 6e-4, a forgotten weight decay 8e-4.
 #   A signed state in bfloat16 is off by up to 2^-9 of itself, hence a step, hence to first order the fall of the loss.
+#   In 8 bits what lies in the upper decade of its block is off by up to half of 0.9 / 64 of the block's maximum, 7 % of
+#   itself at 0.1 of it; what lies below is off by more of itself, and moves the loss less.
 # - On the validation loss at the end, an average over 23 kB of text.
 FIRST_STEPS = 20
 FIRST_BOUND = 1e-4
-STATE_ROUNDING = {"bfloat16": 2**-9}
+STATE_ROUNDING = {"bfloat16": 2**-9, "int8": 0.07}
 VALIDATION_BOUND = 0.01
 
 
-def build_runs(name: str, state_dtype: str | None, size: str, steps: int) -> tuple[Run, Run, Run | None]:
-    """Runs from the same weights: the usual optimizer, fusedopt's, and torch's fused one where there is one."""
+def build_runs(name: str, state_dtype: str | None, size: str, steps: int) -> tuple[list[Run], Run | None]:
+    """Runs from the same weights, of which the last two are compared; and one of torch's fused optimizer to be timed.
+
+    The usual optimizer, fusedopt's, and, where a `state_dtype` is asked for, fusedopt's with that.
+    """
     cls = OPTIMIZERS[name]
     settings = SETTINGS.get(name, {})
     initial = Llama(SIZES[size])
@@ -75,22 +80,22 @@ def build_runs(name: str, state_dtype: str | None, size: str, steps: int) -> tup
         return Run(label, model, optimizer, scheduler)
 
     torch_class = cls.torch_class
-    if torch_class is None:  # nothing to swap: fusedopt's own reference against the backend it chooses
-        first = run("eager", cls, backend="eager")
+    if torch_class is not None:
+        runs = [run(f"torch {name}", torch_class), run("fusedopt", torch_class, swap=True)]
+    elif state_dtype is None:  # nothing to swap: fusedopt's own reference against the backend it chooses
+        runs = [run("eager", cls, backend="eager"), run("fusedopt", cls)]
     else:
-        first = run(f"torch {name}", torch_class)
-    if torch_class is None or state_dtype is not None:
-        second = run("fusedopt", cls, state_dtype=state_dtype)
-    else:
-        second = run("fusedopt", torch_class, swap=True)
-    third = None
+        runs = [run("fusedopt", cls)]
+    if state_dtype is not None:
+        runs.append(run(f"fusedopt {state_dtype}", cls, state_dtype=state_dtype))
+    timed = None
     if torch_class is not None and "fused" in inspect.signature(torch_class).parameters:
-        third = run("torch fused", torch_class, fused=True)
-    return first, second, third
+        timed = run("torch fused", torch_class, fused=True)
+    return runs, timed
 
 
 @contextmanager
-def progress(console: Console, runs: tuple[Run, Run], steps: int) -> Iterator[Callable[[], None]]:
+def progress(console: Console, runs: list[Run], steps: int) -> Iterator[Callable[[], None]]:
     """Yields what to call after each block of steps: moves a bar per run, or prints a line a tenth in a plain log."""
     if console.is_terminal:
         columns = (
@@ -124,7 +129,7 @@ def progress(console: Console, runs: tuple[Run, Run], steps: int) -> Iterator[Ca
     yield report
 
 
-def train(console: Console, runs: tuple[Run, Run], fused: Run | None, text: Tensor, starts: Tensor) -> None:
+def train(console: Console, runs: list[Run], timed: Run | None, text: Tensor, starts: Tensor) -> None:
     """Train every run on the sequences at starts (steps, BATCH).
 
     The runs take turns, ten steps each, and every other round in the opposite order, so that a machine
@@ -142,60 +147,90 @@ def train(console: Console, runs: tuple[Run, Run], fused: Run | None, text: Tens
                 for row in block:
                     run.step(text, row)
                 update()
-            if fused is not None and number % 5 == 0:
+            if timed is not None and number % 5 == 0:
                 for row in block[: BLOCK // 2]:
-                    fused.step(text, row)
+                    timed.step(text, row)
 
 
-def compare(runs: tuple[Run, Run], validation: tuple[float, float], state_dtype: str | None) -> dict[str, Any]:
-    """How far the two curves are apart, whether they count as the same, and how much faster the second run was."""
-    first, second = runs
-    differences = (torch.tensor(first.losses).double() - torch.tensor(second.losses).double()).abs()
+def compare(seed: int, runs: list[Run], validation: list[float], state_dtype: str | None) -> dict[str, Any]:
+    """How far the curves of the last two runs are apart, whether they count as the same; the first run's time over
+    the last's.
+    """
+    before, after = runs[-2:]
+    differences = (torch.tensor(before.losses).double() - torch.tensor(after.losses).double()).abs()
     early = differences[:FIRST_STEPS].max().item()
-    fall = max(first.losses[:FIRST_STEPS]) - min(first.losses[:FIRST_STEPS])
+    fall = max(before.losses[:FIRST_STEPS]) - min(before.losses[:FIRST_STEPS])
     bound = FIRST_BOUND + STATE_ROUNDING.get(state_dtype or "float32", 0.0) * fall
-    late = abs(validation[0] - validation[1]) / validation[0]
+    late = abs(validation[-2] - validation[-1]) / validation[-2]
     return {
+        "seed": seed,
         "max_loss_difference": differences.max().item(),
         "first_steps": min(FIRST_STEPS, len(differences)),
         "first_steps_difference": early,
         "first_steps_bound": bound,
+        "validation_losses": validation[-2:],
         "validation_relative_difference": late,
         "validation_bound": VALIDATION_BOUND,
         # Written so that a NaN, which compares false, is no agreement.
         "same": early <= bound and late <= VALIDATION_BOUND,
-        "optimizer_speedup": first.milliseconds("optimizer") / second.milliseconds("optimizer"),
-        "end_to_end_speedup": sum(first.seconds["step"]) / sum(second.seconds["step"]),
+        "optimizer_speedup": runs[0].milliseconds("optimizer") / after.milliseconds("optimizer"),
+        "end_to_end_speedup": sum(runs[0].seconds["step"]) / sum(after.seconds["step"]),
     }
 
 
-def show(console: Console, runs: tuple[Run, Run], fused: Run | None, validation: tuple[float, float]) -> None:
-    """Print the two loss curves at ten steps, then what each run cost; a ratio is the first run's over the second's."""
+def distance(comparison: dict[str, Any]) -> str:
+    """What `compare` found, in words."""
+    return (
+        f"the training losses differ by at most {comparison['max_loss_difference']:.1e}, "
+        f"in the first {comparison['first_steps']} steps by {comparison['first_steps_difference']:.1e} "
+        f"(allowed: {comparison['first_steps_bound']:.1e}); "
+        f"the validation losses by {comparison['validation_relative_difference']:.3%} "
+        f"(allowed: {comparison['validation_bound']:.1%})"
+    )
+
+
+def show(console: Console, runs: list[Run], timed: Run | None, validation: list[float]) -> None:
+    """Print the loss curves at ten steps, then what each run cost.
+
+    A difference is that of the last two runs, a ratio the first run's over the last's.
+    """
     steps = len(runs[0].losses)
     curves = Table(title="Training loss", title_justify="left")
     for title in ("step", *(run.label for run in runs), "difference"):
         curves.add_column(title, justify="right")
     for step in sorted({round(i * (steps - 1) / 9) for i in range(10)}):
-        a, b = (run.losses[step] for run in runs)
-        curves.add_row(str(step + 1), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}")
+        losses = [run.losses[step] for run in runs]
+        curves.add_row(str(step + 1), *(f"{loss:.6f}" for loss in losses), f"{abs(losses[-2] - losses[-1]):.1e}")
     console.print(curves)
 
     costs = Table(title="Cost", title_justify="left")
-    costs.add_column("")
-    for title in (*(run.label for run in runs), "ratio", *([fused.label] if fused else [])):
+    costs.add_column("", no_wrap=True)
+    for title in (*(run.label for run in runs), "ratio", *([timed.label] if timed else [])):
         costs.add_column(title, justify="right")
 
-    def row(name: str, values: tuple[float, float], form: str, other: float | None = None) -> None:
-        others = [] if fused is None else ["" if other is None else format(other, form)]
-        costs.add_row(name, *(format(x, form) for x in values), f"{values[0] / values[1]:.2f}", *others)
+    def row(name: str, values: list[float], form: str, other: float | None = None) -> None:
+        others = [] if timed is None else ["" if other is None else format(other, form)]
+        costs.add_row(name, *(format(x, form) for x in values), f"{values[0] / values[-1]:.2f}", *others)
 
     for name in PHASES:
-        other = fused.milliseconds(name) if fused and name == "optimizer" else None
-        row(f"{name}, ms a step", (runs[0].milliseconds(name), runs[1].milliseconds(name)), ".2f", other)
-    row("end to end, s", (sum(runs[0].seconds["step"]), sum(runs[1].seconds["step"])), ".1f")
-    row("optimizer state, MB", (runs[0].state_bytes() / 1e6, runs[1].state_bytes() / 1e6), ".1f")
+        other = timed.milliseconds(name) if timed and name == "optimizer" else None
+        row(f"{name}, ms a step", [run.milliseconds(name) for run in runs], ".2f", other)
+    row("end to end, s", [sum(run.seconds["step"]) for run in runs], ".1f")
+    row("optimizer state, MB", [run.state_bytes() / 1e6 for run in runs], ".1f")
+    row("state, B/param", [run.state_bytes() / run.parameter_count() for run in runs], ".3f")
     row("validation loss", validation, ".5f")
     console.print(costs)
+
+
+def show_seeds(console: Console, labels: list[str], comparisons: list[dict[str, Any]]) -> None:
+    """Print the validation losses of the two runs that are compared, seed by seed."""
+    table = Table(title="Validation loss", title_justify="left")
+    for title in ("seed", *labels, "difference"):
+        table.add_column(title, justify="right")
+    for comparison in comparisons:
+        losses = [f"{loss:.5f}" for loss in comparison["validation_losses"]]
+        table.add_row(str(comparison["seed"]), *losses, f"{comparison['validation_relative_difference']:.3%}")
+    console.print(table)
 
 
 def record(run: Run, validation: float) -> dict[str, Any]:
@@ -207,15 +242,16 @@ def record(run: Run, validation: float) -> dict[str, Any]:
         "median_ms": {name: run.milliseconds(name) for name in run.seconds},
         "seconds": sum(run.seconds["step"]),
         "state_bytes": run.state_bytes(),
+        "state_bytes_per_parameter": run.state_bytes() / run.parameter_count(),
     }
 
 
-def draw(path: Path, runs: tuple[Run, Run]) -> None:
+def draw(path: Path, runs: list[Run]) -> None:
     """Write the chart as PNG: the loss curves over each other, and the median step of each run by phase."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     steps = range(1, len(runs[0].losses) + 1)
-    for run, width, color in zip(runs, (3.5, 0.9), ("#f4a582", "#053061"), strict=True):
+    for run, width, color in zip(runs, (3.5, 0.9, 0.9), ("#f4a582", "#053061", "#1a9850")):
         curves.plot(steps, run.losses, label=run.label, linewidth=width, color=color)
     curves.set(xlabel="step", ylabel="nats a byte", title="Training loss")
     curves.legend()
@@ -251,12 +287,27 @@ STORAGE = click.Choice([name for name in STATE_DTYPES if name is not None])
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.command()
+EXAMPLES = """\b
+Examples:
+  fusedopt demo --optimizer Lion
+  fusedopt demo --state-dtype int8
+  fusedopt demo --state-dtype int8 --optimizer SGD --seeds 3
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.option("--steps", type=click.IntRange(min=2), default=450, show_default=True, help="Of each run.")
 @click.option("--optimizer", type=NAME, default="AdamW", show_default=True)
-@click.option("--state-dtype", type=STORAGE, help="Storage of fusedopt's optimizer state.  [default: torch's own]")
+@click.option("--state-dtype", type=STORAGE, help="Train a run with this storage of state too, and compare that.")
 @click.option("--model", "size", type=click.Choice(list(SIZES)), default="small", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and batches.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many, from --seed on; after the first, only the two runs that are compared.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's own choice]")
 @click.option("--json", "json_path", type=FILE, callback=writable, help="Also write the results to this file.")
 @click.option("--output", type=FILE, callback=writable, default="fusedopt-demo.png", show_default=True, help="Chart.")
@@ -266,15 +317,17 @@ def demo(
     state_dtype: str | None,
     size: str,
     seed: int,
+    seeds: int,
     threads: int | None,
     json_path: Path | None,
     output: Path,
 ) -> None:
     """Train a small language model twice, with torch's optimizer and with fusedopt's, and compare.
 
-    Both runs start from the same weights and see the same batches, on the CPU. Prints the two loss curves and what
-    each run cost, and draws a chart. Fails if the curves are not the same up to rounding. The text is the language
-    reference that comes with every CPython, so nothing is downloaded.
+    All runs start from the same weights and see the same batches, on the CPU. Prints the loss curves and what
+    each run cost, and draws a chart. Fails if the curves are not the same up to rounding; with --state-dtype, those
+    of fusedopt with torch's storage of state and with this one. The text is the language reference that comes with
+    every CPython, so nothing is downloaded.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -282,32 +335,44 @@ def demo(
     text = english_bytes()
     held_out = len(text) // 20
     length = SIZES[size].context
-    torch.manual_seed(seed)
-    starts = torch.randint(len(text) - held_out - length, (steps, BATCH))
+
+    def prepare(seed: int) -> tuple[list[Run], Run | None, Tensor]:
+        """The runs, and where in the text their batches begin."""
+        torch.manual_seed(seed)
+        starts = torch.randint(len(text) - held_out - length, (steps, BATCH))
+        return *build_runs(optimizer, state_dtype, size, steps), starts
+
+    def trained(seed: int, runs: list[Run], timed: Run | None, starts: Tensor) -> tuple[list[float], dict[str, Any]]:
+        """The validation losses, and how the runs compare."""
+        train(console, runs, timed, text[:-held_out], starts)
+        validation = [run.validation_loss(text[-held_out:]) for run in runs]
+        return validation, compare(seed, runs, validation, state_dtype)
+
     try:
-        first, second, fused = build_runs(optimizer, state_dtype, size, steps)
-        backend = choose(first.model.head.weight, requested_backend(), "the model").name
+        runs, timed, starts = prepare(seed)
+        backend = choose(runs[0].model.head.weight, requested_backend(), "the model").name
     except (ValueError, RuntimeError) as error:  # the environment asks for a backend that cannot run
         raise click.ClickException(str(error)) from error
-    runs = first, second
-    parameters = list(first.model.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
+    count = runs[0].parameter_count()
     console.print(
-        f"{count:,} parameters in {len(parameters)} tensors, {BATCH} x {length} bytes a step\n"
+        f"{count:,} parameters in {len(list(runs[0].model.parameters()))} tensors, {BATCH} x {length} bytes a step\n"
         f"torch {torch.__version__}, threads: {torch.get_num_threads()}\n"
         f"fusedopt {fusedopt.__version__}, backend: {backend}"
         + (" (`fusedopt explain` says why)" if backend == "eager" else ""),
         soft_wrap=True,
     )
 
-    train(console, runs, fused, text[:-held_out], starts)
-    validation = (
-        first.validation_loss(text[-held_out:]),
-        second.validation_loss(text[-held_out:]),
-    )
-    comparison = compare(runs, validation, state_dtype)
-    show(console, runs, fused, validation)
+    validation, comparison = trained(seed, runs, timed, starts)
+    show(console, runs, timed, validation)
     draw(output, runs)
+    comparisons = [comparison]
+    for other in range(seed + 1, seed + seeds):
+        console.print(f"seed {other}")
+        candidates, _, starts = prepare(other)
+        comparisons.append(trained(other, candidates[-2:], None, starts)[1])
+    if seeds > 1:
+        show_seeds(console, [run.label for run in runs[-2:]], comparisons)
+
     if json_path is not None:
         result = {
             "format": FORMAT,
@@ -327,25 +392,22 @@ def demo(
                 "state_dtype": state_dtype,
                 "model": size,
                 "seed": seed,
+                "seeds": seeds,
                 "batch": BATCH,
                 "context": length,
                 "parameters": count,
             },
             "runs": [record(run, loss) for run, loss in zip(runs, validation, strict=True)],
-            "fused_optimizer_ms": None if fused is None else fused.milliseconds("optimizer"),
-            "comparison": comparison,
+            "fused_optimizer_ms": None if timed is None else timed.milliseconds("optimizer"),
+            "comparison": {**comparison, "other_seeds": comparisons[1:]},
         }
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    distance = (
-        f"the training losses differ by at most {comparison['max_loss_difference']:.1e}, "
-        f"in the first {comparison['first_steps']} steps by {comparison['first_steps_difference']:.1e} "
-        f"(allowed: {comparison['first_steps_bound']:.1e}); "
-        f"the validation losses by {comparison['validation_relative_difference']:.3%} (allowed: {VALIDATION_BOUND:.0%})"
-    )
-    if not comparison["same"]:
-        raise click.ClickException(f"this is not the same training: {distance}")
-    console.print(f"The same training: {distance}.", soft_wrap=True)
+    for each in comparisons:
+        if not each["same"]:
+            raise click.ClickException(f"this is not the same training: seed {each['seed']}: {distance(each)}")
+    for each in comparisons:
+        console.print(f"The same training: {distance(each)}.", soft_wrap=True)
     console.print(
         f"The optimizer is {comparison['optimizer_speedup']:.1f} times as fast, "
         f"training as a whole {comparison['end_to_end_speedup']:.2f} times. Chart: {output}",

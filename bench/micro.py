@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import timing
-from .ops import Contender, Entries, OptimizerOp
+from .ops import OPS, Contender, Entries, Entry, OptimizerOp
 from .presets import PRECISIONS, SERIES, Precision, Preset, elements
 from .providers import PROVIDERS
 from .records import Row
@@ -25,7 +25,7 @@ class Options:
     """How to measure.
 
     providers: all that have the op if empty; those named get a row even where they do not.
-    baselines: the first of `DEFAULT_BASELINES` that is right if empty.
+    baselines: the first of `DEFAULT_BASELINES` that is right if empty; `adamw:torch-fused` is one of another op.
     memory: bytes that a cell may use; presets drop layers to fit.
     rounds: exactly so many a cell; None: as many as fit `seconds`.
     """
@@ -58,15 +58,17 @@ def lineup(op: OptimizerOp, precision: Precision, options: Options) -> Lineup:
     for name in options.providers or PROVIDERS:
         reason = op.lacks(PROVIDERS[name], precision, options.device)
         if not reason:
-            found.entries[name] = PROVIDERS[name], precision
+            found.entries[name] = Entry(op.optimizer, PROVIDERS[name], precision)
         elif options.providers:
             found.absent[name] = reason
     candidates: Entries = {}
     for name in options.baselines or DEFAULT_BASELINES:
+        of, _, provider = name.rpartition(":")
+        other = OPS[of] if of else op
         for label, held in ((name, precision), (f"{name}@fp32", PRECISIONS["fp32"])):
-            reason = op.lacks(PROVIDERS[name], held, options.device)
+            reason = other.lacks(PROVIDERS[provider], held, options.device)
             if not reason:
-                candidates[label] = PROVIDERS[name], held
+                candidates[label] = Entry(other.optimizer, PROVIDERS[provider], held)
                 break
         else:
             if options.baselines and reason:
@@ -94,7 +96,7 @@ def run_cell(
     if not who.entries:
         return absent
     # Beside the contenders: the data they start from, the bandwidth buffer, and what a step allocates.
-    held = max(op.held_bytes(precision) for _, precision in who.entries.values())
+    held = max(map(op.held_bytes, who.entries.values()))
     shapes, scaled = preset.fit(options.memory / (held * (len(who.entries) + 2)))
     total = elements(shapes)
     contenders = op.contenders(who.entries, shapes, options.device, options.seed)
@@ -102,7 +104,7 @@ def run_cell(
     baselines = [label for label in who.baselines if label in right]
     if not options.baselines:
         del baselines[1:]
-    samples, moved = _sample(right, total * held, options, progress) if right else ({}, {})
+    samples, moved = _sample(right, round(total * held), options, progress) if right else ({}, {})
 
     rows = []
     for label, contender in contenders.items():

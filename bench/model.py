@@ -198,6 +198,9 @@ class Run:
         """Median over the steps."""
         return 1e3 * median(self.seconds[name])
 
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def state_bytes(self) -> int:
         tensors = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors)

@@ -6,12 +6,13 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import fusedopt.optim
+from fusedopt.optimizer import GROUP_OPTIONS
 
 from .presets import Precision, Shape, elements
 from .providers import Params, Provider, Settings
@@ -24,7 +25,16 @@ LOSSY_LIMIT = 0.05  # for states of 8 bits: root mean square of the error over t
 # Not neutral, so that a missing term shows, and with decay, so that parameters stay finite over millions of steps.
 SETTINGS = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1}
 
-Entries = dict[str, tuple[Provider, Precision]]  # who contends, in which precision, by the label of their row
+
+class Entry(NamedTuple):
+    """Who contends: with which class of `fusedopt.optim.OPTIMIZERS`, stored how."""
+
+    optimizer: str
+    provider: Provider
+    precision: Precision
+
+
+Entries = dict[str, Entry]  # by the label of their row
 
 
 @dataclasses.dataclass
@@ -58,29 +68,29 @@ class OptimizerOp:
         """Why `provider` cannot contend, or None."""
         return provider.unavailable(device) or provider.lacks(self.optimizer, precision)
 
-    def held_bytes(self, precision: Precision) -> int:
+    def held_bytes(self, entry: Entry) -> float:
         """Bytes that a contender holds for each element: parameter, gradient and states."""
-        reference = _Reference(self.optimizer, _Data([(2,)], torch.device("cpu"), seed=0), precision)
+        reference = _Reference(entry, _Data([(2,)], torch.device("cpu"), seed=0))
         reference.step()
         states = sum(tensor.numel() // 2 for tensor in _stored(reference.optimizer.state))
-        return 2 * precision.param.itemsize + states * precision.state.itemsize
+        return 2 * entry.precision.param.itemsize + states * entry.precision.state_bytes
 
     def contenders(
         self, entries: Entries, shapes: list[Shape], device: torch.device, seed: int
     ) -> dict[str, Contender]:
         """The contender of each entry, after `STEPS` checked steps from the same data."""
         data = _Data(shapes, device, seed)
-        references = {precision: _Reference(self.optimizer, data, precision) for _, precision in entries.values()}
-        runs = {
-            label: _Run(self.optimizer, provider, data, precision) for label, (provider, precision) in entries.items()
-        }
+        references = {(entry.optimizer, entry.precision): _Reference(entry, data) for entry in entries.values()}
+        runs = {label: _Run(entry, data) for label, entry in entries.items()}
         for _ in range(STEPS):
             data.draw_gradient()
             for reference in references.values():
                 reference.step()
             for run in runs.values():
                 run.step()
-        return {label: run.contender(references[run.precision]) for label, run in runs.items()}
+        return {
+            label: run.contender(references[run.entry.optimizer, run.entry.precision]) for label, run in runs.items()
+        }
 
 
 class _Data:
@@ -121,8 +131,8 @@ class _Reference:
     It is torch's own optimizer where torch has it, and the eager backend where not.
     """
 
-    def __init__(self, optimizer: str, data: _Data, precision: Precision) -> None:
-        self.data, self.precision = data, precision
+    def __init__(self, entry: Entry, data: _Data) -> None:
+        optimizer, self.precision, self.data = entry.optimizer, entry.precision, data
         self.start = self._exact(data.start)
         self.param = torch.nn.Parameter(self.start.clone())
         cls: Any = fusedopt.optim.OPTIMIZERS[optimizer]
@@ -138,11 +148,11 @@ class _Reference:
         self.param.grad = self._exact(self.data.gradient)
         self.optimizer.step()
 
-    def error(self, flat: torch.Tensor, lossy: bool) -> tuple[float, float]:
+    def error(self, flat: torch.Tensor) -> tuple[float, float]:
         """How far the parameters `flat` are from the reference, and how far they may be."""
         off = flat[self.data.checked].double().sub_(self.param.detach()).abs_()
         update = self.param.detach() - self.start
-        if lossy:
+        if self.precision.lossy:
             return float(off.square().mean().sqrt() / update.square().mean().sqrt()), LOSSY_LIMIT
         coarsest = max(torch.finfo(self.precision.param).eps, torch.finfo(self.precision.state).eps)
         return float((off / (self.param.detach().abs() + update.abs().max())).max() / coarsest), LIMIT
@@ -151,21 +161,25 @@ class _Reference:
 class _Run:
     """A provider's optimizer with its own parameters and gradients, stepped along with the reference."""
 
-    def __init__(self, optimizer: str, provider: Provider, data: _Data, precision: Precision) -> None:
-        self.provider, self.data, self.precision = provider, data, precision
-        self.params, self.gradients = _with_gradients(data.tensors(data.start), precision.param)
+    def __init__(self, entry: Entry, data: _Data) -> None:
+        self.entry, self.data = entry, data
+        self.params, self.gradients = _with_gradients(data.tensors(data.start), entry.precision.param)
         self.optimizer: torch.optim.Optimizer | None = None
         self.failure = ""
         try:
-            self.optimizer = provider.make(optimizer, self.params, _settings(optimizer), precision)
-            self.host_step = self._host_step(optimizer) if data.device.type == "cpu" else None
+            self.optimizer = self._make(self.params)
+            self.host_step = self._host_step() if data.device.type == "cpu" else None
         except Exception as error:  # a peer's failure is a result, not ours
             self.failure = _failure(error)
 
-    def _host_step(self, optimizer: str) -> Call:
+    def _make(self, params: Params) -> torch.optim.Optimizer:
+        optimizer, provider, precision = self.entry
+        return provider.make(optimizer, params, _settings(optimizer), precision)
+
+    def _host_step(self) -> Call:
         """A step over as many tensors of one element each, whose time is the host's work alone."""
-        params, _ = _with_gradients([torch.ones(1)] * len(self.params), self.precision.param)
-        host = self.provider.make(optimizer, params, _settings(optimizer), self.precision)
+        params, _ = _with_gradients([torch.ones(1)] * len(self.params), self.entry.precision.param)
+        host = self._make(params)
         host.step()
         return host.step
 
@@ -190,10 +204,10 @@ class _Run:
             moved_bytes=2 * read_and_written + _nbytes(self.gradients),
             state_bytes=_nbytes(stored),
         )
-        contender.error, contender.limit = reference.error(_joined(self.params), self.provider.lossy)
+        contender.error, contender.limit = reference.error(_joined(self.params))
         if not contender.error <= contender.limit:  # also when it is NaN
             contender.wrong = f"error {contender.error:.3g}, at most {contender.limit:.3g} is right"
-        if not torch.equal(_joined(self.gradients), self.data.gradient.to(self.precision.param)):
+        if not torch.equal(_joined(self.gradients), self.data.gradient.to(self.entry.precision.param)):
             contender.note = "overwrites the gradients"
         return contender
 
@@ -220,7 +234,7 @@ def _settings(optimizer: str) -> Settings:
     parameters = inspect.signature(fusedopt.optim.OPTIMIZERS[optimizer]).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     numbers = {k: v for k, v in defaults.items() if isinstance(v, (int, float, tuple)) and not isinstance(v, bool)}
-    return {name: SETTINGS.get(name, value) for name, value in numbers.items()}
+    return {name: SETTINGS.get(name, value) for name, value in numbers.items() if name not in GROUP_OPTIONS}
 
 
 def _stored(state: Any) -> Iterator[torch.Tensor]:

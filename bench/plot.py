@@ -48,10 +48,11 @@ def _draw(axis: Axes, panel: Sequence[tuple[Row, Spread]]) -> None:
     names = [member.provider for member, _ in panel]
     colors = [OURS if name.startswith("fusedopt") else PEER for name in names]
     axis.barh(names, times, xerr=whiskers, color=colors, ecolor="#333333", capsize=2)
-    for index, (_, spread) in enumerate(panel):
-        axis.annotate(f" {duration(spread.median)}", (1e3 * spread.p80, index), va="center", fontsize=8)
-    axis.margins(x=0.2)
+    for index, (member, spread) in enumerate(panel):
+        words = f" {duration(spread.median)}, {member.state_bytes_per_param:.2f} B"
+        axis.annotate(words, (1e3 * spread.p80, index), va="center", fontsize=8)
+    axis.margins(x=0.35)
     axis.invert_yaxis()
-    axis.set_xlabel("ms a step")
+    axis.set_xlabel("ms a step; bytes of state a parameter")
     axis.set_title(f"{row.op} · {row.preset} · {row.dtype}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)

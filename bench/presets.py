@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from fusedopt.codecs import BLOCK
+
 Shape = tuple[int, ...]
 
 
@@ -53,6 +55,7 @@ PRESETS = {
     for preset in (
         Preset("mlp", "a 6-tensor MLP, 6k elements", 1, ((48, 64), (48,), (48, 48), (48,), (10, 48), (10,))),
         Preset("many", "2000 tensors of 1000 elements", 2000, ((1000,),)),
+        Preset("many5k", "2000 tensors of 5000 elements, enough for 8-bit state", 2000, ((5000,),)),
         Preset("large", "16M elements in 16 tensors", 16, ((1024, 1024),)),
         _host(100),
         _host(1000),
@@ -89,12 +92,22 @@ SERIES = {"host": ("host100", "host1000", "host10000")}
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """How parameters and gradients (`param`) and optimizer state (`state`) are stored."""
+    """How parameters and gradients (`param`) and optimizer state (`state`, uint8 for block-wise codes) are stored."""
 
     name: str
     about: str
     param: torch.dtype
     state: torch.dtype
+
+    @property
+    def lossy(self) -> bool:
+        """Whether its state has too few bits to be held to rounding error."""
+        return self.state == torch.uint8
+
+    @property
+    def state_bytes(self) -> float:
+        """Of one element of a state; of codes with its share of the block's float32 scale."""
+        return self.state.itemsize + (4 / BLOCK if self.lossy else 0)
 
 
 PRECISIONS = {
@@ -104,5 +117,9 @@ PRECISIONS = {
         Precision("mixed", "bfloat16 parameters and gradients, float32 state", torch.bfloat16, torch.float32),
         Precision("bf16", "everything in bfloat16, torch's choice for such parameters", torch.bfloat16, torch.bfloat16),
         Precision("fp16", "everything in float16, torch's choice for such parameters", torch.float16, torch.float16),
+        Precision("int8", "float32 parameters and gradients, block-wise 8-bit state", torch.float32, torch.uint8),
+        Precision(
+            "mixed-int8", "bfloat16 parameters and gradients, block-wise 8-bit state", torch.bfloat16, torch.uint8
+        ),
     )
 }

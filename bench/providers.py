@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,19 +29,18 @@ class Provider:
     unavailable(device) -> why it cannot step tensors there, or None.
     lacks(op, precision) -> why it has no such optimizer in this precision, or None.
     make(op, params, settings, precision) -> the optimizer.
-    lossy: its state has too few bits to be held to rounding error; it is held to `ops.LOSSY_LIMIT`.
     """
 
     name: str
     unavailable: Callable[[torch.device], str | None]
     lacks: Callable[[str, Precision], str | None]
     make: Callable[[str, Params, Settings, Precision], torch.optim.Optimizer]
-    lossy: bool = False
 
 
 def _fusedopt(backend: str) -> Provider:
     def make(op: str, params: Params, settings: Settings, precision: Precision) -> torch.optim.Optimizer:
         state = None if precision.state == precision.param else str(precision.state).removeprefix("torch.")
+        state = "int8" if precision.lossy else state
         return fusedopt.optim.OPTIMIZERS[op](params, **settings, state_dtype=state, backend=backend)
 
     def unavailable(device: torch.device) -> str | None:
@@ -72,7 +74,8 @@ def _peer(
 
     def unavailable(device: torch.device) -> str | None:
         try:
-            importlib.import_module(module)
+            with _quiet():
+                importlib.import_module(module)
         except ModuleNotFoundError:
             return f"pip install {package}"
         except Exception as error:  # a peer that does not load is no reason for the others not to run
@@ -89,7 +92,20 @@ def _peer(
         known = inspect.signature(cls).parameters
         return cls(params, **{key: value for key, value in settings.items() if key in known}, **extra)
 
-    return Provider(name, unavailable, lacks, make, lossy=suffix == "8bit")
+    return Provider(name, unavailable, lacks, make)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Peers log while they load what else they could have on another machine."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _providers() -> Iterable[Provider]:
@@ -99,9 +115,10 @@ def _providers() -> Iterable[Provider]:
     yield _torch("torch-fused", fused=True)
     # Left out of bitsandbytes: its Adam decays decoupled and its RMSprop keeps other momentum than torch's.
     same = ("AdamW", "Lion", "AdEMAMix", "SGD", "Adagrad")
-    for name, suffix in (("bitsandbytes", "32bit"), ("bitsandbytes-8bit", "8bit")):
-        yield _peer(name, "bitsandbytes.optim", "bitsandbytes", same, ("fp32", "mixed"), suffix)
-    yield _peer("torchao-8bit", "torchao.optim", "torchao", ("Adam", "AdamW"), ("fp32", "mixed"), "8bit")
+    eight = ("int8", "mixed-int8")
+    yield _peer("bitsandbytes", "bitsandbytes.optim", "bitsandbytes", same, ("fp32", "mixed"), "32bit")
+    yield _peer("bitsandbytes-8bit", "bitsandbytes.optim", "bitsandbytes", same, eight, "8bit")
+    yield _peer("torchao-8bit", "torchao.optim", "torchao", ("Adam", "AdamW"), eight, "8bit")
     same = ("SGD", "Adam", "AdamW", "RAdam", "Lion")
     yield _peer("optimi", "optimi", "torch-optimi", same, ("fp32", "bf16", "fp16"), kahan_sum=False)
 

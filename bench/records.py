@@ -27,6 +27,8 @@ SCHEMA = 1  # of the JSON file; raised whenever a field changes its name or mean
 class Row:
     """One provider in one cell. Times are seconds a step; what was not measured is None.
 
+    provider: its name; of a baseline that is measured in float32 in a cell of another dtype NAME@fp32, and of one of
+        another op OP:NAME.
     status: "ok"; "wrong": its results are not the reference's, or it fails; "absent": asked for, but it has no such op.
         `note` says more; only those that are "ok" are timed.
     scaled: what was left out of the preset for want of memory, or "".

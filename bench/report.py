@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -34,7 +34,8 @@ def print_tables(run: Run, console: Console) -> None:
     for cell in cells(run.rows):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
         for name in cell.header:
-            table.add_column(name, justify="left" if name in ("provider", "check") else "right", vertical="bottom")
+            justify: Literal["left", "right"] = "left" if name in ("provider", "check") else "right"
+            table.add_column(name, justify=justify, vertical="bottom", overflow="fold")
         for row, words in cell.lines:
             ours = "bold" if row.provider.startswith("fusedopt") else None
             style = {"wrong": "red", "absent": "dim"}.get(row.status, ours)

@@ -19,6 +19,20 @@ GroupSpec make_spec(const std::string& rule, bool maximize, std::vector<std::str
           first_parameter};
 }
 
+float norm_of_grads(const py::list& grads, int threads) {
+  std::deque<Form> forms;
+  std::vector<Squares> all;
+  for (const py::handle grad : grads) {
+    View view;
+    if (!describe(grad.ptr(), view)) throw PythonError{};
+    const Form& form = forms.emplace_back(view, walking_order(view));
+    Squares& squares = all.emplace_back();
+    squares.grad = {view.data, form.storage(), form.layout(), nullptr};
+    squares.numel = numel(view);
+  }
+  return norm(all, threads);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (auto* known = available_kernels(); *known; ++known) names.emplace_back((*known)->name);
@@ -46,10 +60,14 @@ PYBIND11_MODULE(_native, module) {
            py::arg("specs"), py::arg("state"), py::arg("groups"), py::arg("fresh"))
       .def("step",
            [](Plan& plan, py::dict state, py::list groups, py::function scalars, int threads, double grad_scale,
-              const Draws& draws) {
-             Object stepped = plan.step(state.ptr(), groups.ptr(), scalars.ptr(), threads, grad_scale, draws);
+              const Draws& draws, std::optional<double> max_grad_norm, bool zero_grads) {
+             Object stepped = plan.step(state.ptr(), groups.ptr(), scalars.ptr(), threads, grad_scale, draws,
+                                        max_grad_norm, zero_grads);
              return stepped ? py::reinterpret_steal<py::object>(stepped.release()) : py::object(py::none());
-           });
+           })
+      .def_property_readonly("grad_norm", &Plan::grad_norm)
+      .def_property_readonly("left_grads", &Plan::left_grads);
+  module.def("norm", &norm_of_grads, py::arg("grads"), py::arg("threads"), "The norm of these tensors together.");
   module.def("instruction_sets", &instruction_sets, "Those this machine runs, best first.");
   module.def("instruction_set", [] { return kernels()->name; }, "The one in use.");
   module.def(

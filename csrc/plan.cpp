@@ -72,7 +72,48 @@ bool is_counter(const View& view) {
   return view.on_cpu && real && numel(view) == 1;
 }
 
+// The trees of all gradients, those of one after those of another.
+struct Trees {
+  const std::vector<Squares>& all;
+  std::vector<int64_t> first;
+  std::vector<float> sums;
+  float norm = 0;
+};
+
+void sum_trees(void* context, int share, int shares) {
+  Trees& trees = *static_cast<Trees*>(context);
+  const auto total = int64_t(trees.sums.size());
+  const int64_t begin = total * share / shares, end = total * (share + 1) / shares;
+  size_t at = size_t(std::upper_bound(trees.first.begin(), trees.first.end(), begin) - trees.first.begin());
+  for (at -= at > 0; at < trees.all.size() && trees.first[at] < end; ++at) {
+    const int64_t first = trees.first[at];
+    const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, trees.all[at].trees());
+    if (from < to) kernels()->square_sums(trees.all[at], from, to, trees.sums.data() + first);
+  }
+}
+
 }  // namespace
+
+float norm(const std::vector<Squares>& all, int threads) {
+  Trees trees{all, {}, {}};
+  int64_t total = 0;
+  for (const Squares& squares : all) {
+    trees.first.push_back(total);
+    total += squares.trees();
+  }
+  trees.sums.resize(size_t(total));
+  const int64_t useful = (total * tree_size + elements_per_thread - 1) / elements_per_thread;
+  const auto finish = [](void* context, int, int) {
+    Trees& trees = *static_cast<Trees*>(context);
+    trees.norm = norm_of(std::move(trees.sums));
+  };
+  Py_BEGIN_ALLOW_THREADS;
+  const int team = int(std::min<int64_t>(threads, useful));
+  parallel(team, team > 1 ? team * shares_per_thread : 1, sum_trees, &trees);
+  parallel(1, 1, finish, &trees);  // in the default floating-point mode too
+  Py_END_ALLOW_THREADS;
+  return trees.norm;
+}
 
 int find_rule(const std::string& name) {
   for (size_t i = 0; i < std::size(rules); ++i)
@@ -159,10 +200,16 @@ bool Plan::plan_entry(Entry& entry, PyObject* state) {
   entry.is_double = view.dtype.bits == (is_complex(view) ? 128 : 64);
   const std::vector<int> order = is_ordered(entry, dict) ? row_major_order(view) : walking_order(view);
   entry.param_form = plan_form(param, order, entry.update.param);
-  entry.grad_form = plan_form(resolved(local(entry, grad)), order, entry.update.grad);
+  PyObject* stored = local(entry, grad);
+  grad = resolved(stored);
+  entry.grad_form = plan_form(grad, order, entry.update.grad);
+  entry.in_place = grad == stored && !entry.update.grad.layout;
+  entry.squares.numel = entry.update.numel;
+  // By its own order in memory, whatever order the parameter is walked in.
+  plan_form(grad, walking_order(Described(grad)), entry.squares.grad);
   entry.tensor_hints = uint32_t(hints_.size());
   hint_tensor(param);
-  hint_tensor(local(entry, grad));
+  hint_tensor(stored);
   entry.state_hints = entry.end_hints = uint32_t(hints_.size());
   const bool has_master = spec.has_master && is_narrow;
   if (spec.states.empty() && spec.counters.empty() && !has_master) return true;
@@ -315,7 +362,9 @@ bool Plan::refresh_tensors(Entry& entry) {
   // one piece as planned need not be asked. A conjugate may lie anyhow.
   const bool in_one_piece = !entry.update.grad.layout && entry.update.numel > 1 && entry.grad_form->fits(view);
   if (is_complex(view) || !in_one_piece) {
+    PyObject* const stored = grad;
     grad = resolved(grad);
+    if (entry.in_place && grad != stored) return false;
     if (!readable(grad, view) || !entry.grad_form->fits(view)) return false;
   }
   entry.update.grad.data = view.data;
@@ -394,7 +443,7 @@ void Plan::compute_scalars(PyObject* function) {
 }
 
 Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale,
-                  const Draws& draws) {
+                  const Draws& draws, std::optional<double> max_grad_norm, bool zero_grads) {
   if (running_) {
     PyErr_SetString(PyExc_RuntimeError, "this optimizer's step is already running, in another thread or in its scalars");
     throw PythonError{};
@@ -411,7 +460,18 @@ Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int thre
   if (!refresh(state, groups)) return nullptr;
   compute_scalars(scalars);
   Object list = stepped();
-  run(threads, grad_scale, draws);
+  if (max_grad_norm) {
+    std::vector<Squares> all;
+    for (Entry& entry : entries_) {
+      if (!entry.active) continue;
+      entry.squares.grad.data = entry.update.grad.data;
+      entry.squares.scale = float(grad_scale);
+      all.push_back(entry.squares);
+    }
+    grad_norm_ = norm(all, threads);
+    grad_scale *= clip_coefficient(grad_norm_, *max_grad_norm);
+  }
+  run(threads, grad_scale, draws, zero_grads);
   return list;
 }
 
@@ -423,7 +483,8 @@ Object Plan::stepped() const {
   return list;
 }
 
-void Plan::run(int threads, double grad_scale, const Draws& draws) {
+void Plan::run(int threads, double grad_scale, const Draws& draws, bool zero_grads) {
+  left_grads_ = false;
   struct Work {
     std::vector<std::pair<const Update*, UpdateRange>> updates;
     std::vector<int64_t> first;  // elements before each update
@@ -435,6 +496,8 @@ void Plan::run(int threads, double grad_scale, const Draws& draws) {
     if (!entry.active) continue;
     const GroupSpec& spec = specs_[size_t(entry.group)];
     entry.update.grad_scale = spec.maximize ? -grad_scale : grad_scale;
+    entry.update.zero_grad = zero_grads && entry.in_place;
+    left_grads_ |= zero_grads && !entry.in_place;
     entry.update.scalar = scalars_[size_t(entry.scalars)].values.data();
     if (entry.update.stochastic) {
       const auto [seed, step] = draws[size_t(entry.group)];

@@ -9,9 +9,11 @@
 #include <Python.h>
 
 #include <deque>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "norm.h"
 #include "tensor.h"
 
 namespace fusedopt {
@@ -36,6 +38,9 @@ using Draws = std::vector<std::pair<uint64_t, uint64_t>>;  // seed, step
 // The order of FUSEDOPT_RULES.
 int find_rule(const std::string& name);  // -1 where there is none
 
+// The norm of all these gradients together.
+float norm(const std::vector<Squares>& all, int threads);
+
 // The kernels in use: the machine's best unless another was asked for.
 const Kernels* kernels();
 bool use_kernels(const std::string& name);
@@ -53,7 +58,13 @@ class Plan {
   // for each distinct combination. Returns a new list of the parameters that were stepped, or a null pointer where the
   // plan no longer fits; nothing has changed then.
   Object step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale,
-              const Draws& draws);
+              const Draws& draws, std::optional<double> max_grad_norm, bool zero_grads);
+
+  // Of the last step's gradients, where `max_grad_norm` was given.
+  float grad_norm() const { return grad_norm_; }
+
+  // Whether that step left a gradient which was to be zeroed, since it does not lie in one piece.
+  bool left_grads() const { return left_grads_; }
 
  private:
   enum class Kind : uint8_t { ignored, state, scale, master, counter };
@@ -83,8 +94,10 @@ class Plan {
     bool active = false;        // takes part in this step
     bool fresh = false;
     bool is_double = false;
+    bool in_place = true;       // the gradient's memory is what is read, in one piece
     uint64_t number;            // of the parameter, for the keys of random numbers
     Update update;
+    Squares squares;
     const Form *param_form, *grad_form, *state_form[max_states], *scale_form[max_states], *master_form;
     const Keys* keys = nullptr;
     Counter counters[max_counters];
@@ -109,13 +122,14 @@ class Plan {
   void hint_tensor(PyObject* tensor);
   void find_scalars(Entry& entry);
   void compute_scalars(PyObject* function);
-  void run(int threads, double grad_scale, const Draws& draws);
+  void run(int threads, double grad_scale, const Draws& draws, bool zero_grads);
   Object stepped() const;
   PyObject* local(const Entry& entry, PyObject* tensor);
   PyObject* resolved(PyObject* grad);
   PyObject* keep(PyObject* owned);
 
-  bool running_ = false;
+  bool running_ = false, left_grads_ = false;
+  float grad_norm_ = 0;
   std::vector<GroupSpec> specs_;
   std::vector<Py_ssize_t> group_sizes_;
   std::vector<Entry> entries_;         // in the order of the groups

@@ -33,6 +33,7 @@ struct Update {
   bool stochastic = false;  // rounding of a parameter of 16 bits, or of the 24 that low8 makes
   Key key = {};
   double grad_scale = 1;           // the gradient is multiplied by this as it is read
+  bool zero_grad = false;          // and set to zero then; only where it lies in one piece
   const double* scalar = nullptr;  // rounded once to the arithmetic type
 };
 
@@ -40,11 +41,17 @@ struct Update {
 // last.
 using UpdateRange = void (*)(const Update&, int64_t begin, int64_t end);
 
+struct Squares;
+
+// Writes the sums of trees [begin, end), of norm.h.
+using SquareSums = void (*)(const Squares&, int64_t begin, int64_t end, float* sums);
+
 // The kernels of one instruction set, in the order of FUSEDOPT_RULES.
 struct Kernels {
   const char* name;
   const UpdateRange* in_float32;
   const UpdateRange* in_float64;
+  SquareSums square_sums;
 };
 
 namespace {
@@ -221,6 +228,10 @@ void update_range(const Update& update, int64_t begin, int64_t end) {
       param.write(update.param, at, n);
     }
     for (int k = 0; k < Rule::states; ++k) state[k].write(update.state[k], at, n);
+    if (update.zero_grad) {
+      const int width = element_size(update.grad.storage);
+      std::memset(update.grad.data + at * width, 0, size_t(n * width));
+    }
   }
 }
 

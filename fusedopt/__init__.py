@@ -1,6 +1,7 @@
 """Fused-kernel optimizers for PyTorch: each update rule stated once, the same bits on every backend."""
 
 from . import optim
+from ._clip import clip_grad_norm_
 from ._embedding import StableEmbedding
 from ._swap import swap
 from ._version import __version__
@@ -47,6 +48,7 @@ __all__ = [
     "SGD8bit",
     "StableEmbedding",
     "__version__",
+    "clip_grad_norm_",
     "explain",
     "optim",
     "swap",

@@ -119,6 +119,12 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} must be an integer from 0 to {limit - 1}")
 
 
+def check_max_grad_norm(value: Any) -> None:
+    """Raises ValueError where gradients cannot be clipped to this norm."""
+    if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        raise ValueError(f"max_grad_norm={value!r} must be a number above 0, or None not to clip")
+
+
 def check_master(param: Tensor, master: str | None, what: str) -> None:
     """Raises ValueError where the parameter cannot have this kind of master copy."""
     if param.dtype == torch.float16 and master in ("split16", "split8"):

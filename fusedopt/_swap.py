@@ -15,7 +15,7 @@ from ._state import converted, converted_master, dtype_of, local_shard, master_d
 from .backends import check_backend
 from .codecs import SCALE_SUFFIX
 from .optim import OPTIMIZERS
-from .optimizer import GROUP_OPTIONS, Optimizer, Options, parameter_names
+from .optimizer import GROUP_OPTIONS, OPTIONS, Optimizer, Options, parameter_names
 
 _T = TypeVar("_T", bound=torch.optim.Optimizer)
 
@@ -33,8 +33,9 @@ def swap(optimizer: _T, **options: Unpack[Options]) -> _T:
         optimizer: one of torch.optim's, of bitsandbytes' in 8 or 32 bits, or torchao's low-bit Adam or AdamW, or a
             wrapper (like Accelerate's) with one as its `optimizer`. bitsandbytes' Adam decays decoupled, so it becomes
             AdamW. States of 8 bits stay in 8 bits, others of theirs become float32, unless `state_dtype` is given.
-        options: `state_dtype`, `min_quantized_size`, `master`, `rounding`, `seed` and `backend`, as for every optimizer
-            here; existing states are converted. One that is None or not given stays as it is.
+        options: `state_dtype`, `min_quantized_size`, `master`, `rounding`, `seed`, `max_grad_norm`, `zero_grads` and
+            `backend`, as for every optimizer here; existing states are converted. One that is None or not given stays
+            as it is.
 
     Raises:
         TypeError: the optimizer is none that fusedopt has; subclasses are not taken, since they may step differently.
@@ -59,10 +60,12 @@ def _swap(optimizer: Any, wrapper: Any, options: dict[str, Any]) -> None:
             f"swap does not know {old.__module__}.{old.__qualname__}; it knows torch.optim's {known}, "
             f"{_foreign.KNOWN} (not their subclasses, whose step may differ)"
         )
-    unknown = options.keys() - {*GROUP_OPTIONS, "backend"}
+    unknown = options.keys() - OPTIONS.keys()
     if unknown:
-        raise TypeError(f"swap has no option {min(unknown)!r}; it has {', '.join([*GROUP_OPTIONS, 'backend'])}")
+        raise TypeError(f"swap has no option {min(unknown)!r}; it has {', '.join(OPTIONS)}")
     backend = check_backend(options.pop("backend", None), "backend")
+    _checks.check_max_grad_norm(options.get("max_grad_norm"))
+    whole = {name: options.pop(name) for name in ("max_grad_norm", "zero_grads") if name in options}
     groups, states = optimizer.param_groups, optimizer.state
     if peer:
         names = [parameter_names(group, index) for index, group in enumerate(groups)]
@@ -73,10 +76,11 @@ def _swap(optimizer: Any, wrapper: Any, options: dict[str, Any]) -> None:
         _check_group(states, new, {**group, **group_options}, index)
     changes = _rewrapped(optimizer, wrapper, new)
 
-    if new is old and not options and backend is None:
+    if new is old and not options and not whole and backend is None:
         return
     optimizer.__class__ = new
     optimizer._backend = backend or getattr(optimizer, "_backend", None)
+    vars(optimizer).update(whole)
     if peer:
         _take_over(optimizer, new, translated, "state_dtype" in options)
         options = {**_options_of(translated.defaults), **options}

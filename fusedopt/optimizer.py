@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import inspect
 import math
 from collections import defaultdict
@@ -18,6 +19,7 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 from typing_extensions import Unpack
 
 from . import _checks, _foreign
+from ._clip import check_clippable, clip_coefficient, grad_norm
 from ._state import (
     Group,
     converted,
@@ -66,11 +68,17 @@ class GroupOptions(TypedDict, total=False):
 
 
 class Options(GroupOptions, total=False):
+    """These are of the whole optimizer."""
+
+    max_grad_norm: float | None
+    zero_grads: bool
     backend: str | None
 
 
 GROUP_OPTIONS = GroupOptions(state_dtype=None, min_quantized_size=4096, master=None, rounding="nearest", seed=0)
 """Their defaults."""
+
+OPTIONS = Options({**GROUP_OPTIONS, "max_grad_norm": None, "zero_grads": False, "backend": None})
 
 # How things are stored: a checkpoint does not change it.
 _STORAGE_OPTIONS = ("state_dtype", "min_quantized_size", "master", "rounding")
@@ -103,6 +111,9 @@ class Optimizer(torch.optim.Optimizer):
             rounded form), or for bfloat16 "split16" (the 16 bits that it lacks of float32) or "split8" (8 of them).
         rounding: "nearest" or "stochastic", of a parameter of 16 bits, or of the 24 of "split8".
         seed: of stochastic rounding, which depends on it, the step, the parameter's number and the element alone.
+        max_grad_norm: gradients are clipped to this norm, taken of all of them together, as they are read; they stay as
+            they are. None does not clip. Also an attribute, which may be changed. `grad_norm` then has the norm before.
+        zero_grads: set the gradients to zero once they are read.
         backend: None for the fastest that serves a parameter, or the name of one.
 
     Raises:
@@ -129,18 +140,22 @@ class Optimizer(torch.optim.Optimizer):
         own = [p for name, p in signature.parameters.items() if p.kind != p.VAR_KEYWORD and name != "self"]
         options = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-            for name, default in {**cls.group_options, "backend": None}.items()
+            for name, default in {**OPTIONS, **cls.group_options}.items()
             if name not in signature.parameters
         ]
         takes_options = len(own) + 1 < len(signature.parameters)
         cls.__signature__ = signature.replace(parameters=own + options * takes_options)  # type: ignore[attr-defined]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]):
-        unknown = sorted(options.keys() - {*GROUP_OPTIONS, "backend"})
+        unknown = sorted(options.keys() - OPTIONS.keys())
         if unknown:
             known = ", ".join(inspect.signature(type(self)).parameters)
             raise TypeError(f"{type(self).__name__} got an unexpected argument {unknown[0]!r}; it takes {known}")
         self._backend = check_backend(options.pop("backend", None), "backend")
+        self.max_grad_norm = options.pop("max_grad_norm", None)
+        self.zero_grads = options.pop("zero_grads", False)
+        self.grad_norm = None
+        _checks.check_max_grad_norm(self.max_grad_norm)
         self._plan: Any = None
         self._planned: list[tuple[Any, ...]] = []
         super().__init__(params, {**defaults, **self.group_options, **options})
@@ -224,11 +239,17 @@ class Optimizer(torch.optim.Optimizer):
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
 
+    grad_norm: Tensor | None
+    """The norm of the last step's gradients, unscaled, zero-dimensional float32; None where they were not clipped."""
+
     @torch._disable_dynamo
     def _update(self, grad_scale: float) -> None:
         requested = self._backend or requested_backend()
+        clips = self.max_grad_norm is not None
+        if clips:
+            _checks.check_max_grad_norm(self.max_grad_norm)
         form = [
-            (self.rule(group), requested, *[group.get(option) for option in _PLANNED_OPTIONS])
+            (self.rule(group), requested, clips, *[group.get(option) for option in _PLANNED_OPTIONS])
             for group in self.param_groups
         ]
         fits = self._plan is not None and form == self._planned
@@ -239,13 +260,20 @@ class Optimizer(torch.optim.Optimizer):
             if group["rounding"] == "stochastic":
                 group["rounding_step"] = group.get("rounding_step", 0) + 1
 
-    @staticmethod
-    def _run(plan: Any, state: Any, groups: list[Group], scalars: Any, grad_scale: float) -> bool:
+    def _run(
+        self, plan: Any, state: Any, groups: list[Group], scalars: Any, grad_scale: float, clip: bool = True
+    ) -> bool:
         """False where the plan does not fit."""
         draws = [(group["seed"], group.get("rounding_step", 0)) for group in groups]
-        stepped = plan.step(state, groups, scalars, torch.get_num_threads(), grad_scale, draws)
+        max_norm = self.max_grad_norm if clip else None
+        threads = torch.get_num_threads()
+        stepped = plan.step(state, groups, scalars, threads, grad_scale, draws, max_norm, self.zero_grads)
         if stepped is None:
             return False
+        if max_norm is not None:
+            self.grad_norm = torch.tensor(plan.grad_norm)
+        if plan.left_grads:
+            _zero_grads(stepped)
         # So that autograd refuses a backward through values saved before the step, as after any update in place.
         increment_version(stepped)
         return True
@@ -269,9 +297,12 @@ class Optimizer(torch.optim.Optimizer):
             self._scalars(index, *counters)  # raises, while nothing has changed, where a hyperparameter is not valid
         for entry in entries:
             self._init_state(entry.param, self.param_groups[entry.group])
+        if self.max_grad_norm is None:
+            self.grad_norm = None
         repeated = len({entry.param for entry in entries}) < len(entries)
         if repeated:
             # torch warns of a parameter that is in a group twice, and steps it twice.
+            grad_scale = self._clipped(entries, grad_scale)
             seen = set()
             for entry in entries:
                 if entry.param in seen:
@@ -285,7 +316,16 @@ class Optimizer(torch.optim.Optimizer):
             self._planned = form
             self._run_new(self._plan, self.state, self.param_groups, self._scalars, grad_scale)
         else:
-            self._run_once(entries, grad_scale)
+            self._run_once(entries, self._clipped(entries, grad_scale))
+
+    def _clipped(self, entries: list[_Entry], grad_scale: float) -> float:
+        """The gradient scale with clipping in it; `grad_norm` is set."""
+        if self.max_grad_norm is None:
+            return grad_scale
+        device = entries[0].param.device
+        grads = [entry.param.grad.to(device) for entry in entries if entry.param.grad is not None]
+        self.grad_norm = grad_norm(grads, ctypes.c_float(grad_scale).value)
+        return grad_scale * clip_coefficient(float(self.grad_norm), self.max_grad_norm)
 
     def _is_plannable(self) -> bool:
         """Whether the containers are those torch makes; a plan walks them natively."""
@@ -304,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):
                 return self._scalars(on_cpu[index].group, *counters)
 
             plan = self._make_plan(state, groups, [entry.number for entry in on_cpu], on_cpu)
-            self._run_new(plan, state, groups, scalars, grad_scale)
+            self._run_new(plan, state, groups, scalars, grad_scale, False)
         for entry in entries:
             if not isinstance(entry.backend, Cpu):
                 self._step_eagerly(entry, grad_scale)
@@ -350,6 +390,8 @@ class Optimizer(torch.optim.Optimizer):
             key_of(param, group, entry.number),
         )
         Eager.step(update)
+        if self.zero_grads:
+            _zero_grads([param])
         for name, value in zip(self.counters, advanced):
             state[name].fill_(value)
 
@@ -370,6 +412,8 @@ class Optimizer(torch.optim.Optimizer):
                 _checks.check_param(param, local_shard(param), what)
                 _checks.check_grad(param, param.grad, type(self).__name__, what)
                 _checks.check_master(param, group["master"], what)
+                if self.max_grad_norm is not None:
+                    check_clippable(param.grad, f"the gradient of {what}")
                 state = self.state.get(param, {})
                 _checks.check_state(param, state, rule.states, what)
                 if master := master_dtype(param, group):
@@ -402,14 +446,16 @@ class Optimizer(torch.optim.Optimizer):
     # --- state_dict, pickle ---
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend}
+        own = {"_backend": self._backend, "max_grad_norm": self.max_grad_norm, "zero_grads": self.zero_grads}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         declared = set(state.get("defaults", self.__dict__.get("defaults", ())))
         super().__setstate__(state)
         # torch adds an option here that not every class has.
         self.defaults = {name: value for name, value in self.defaults.items() if name in declared}
-        self.__dict__.setdefault("_backend", None)
+        for name, value in (("_backend", None), ("max_grad_norm", None), ("zero_grads", False), ("grad_norm", None)):
+            self.__dict__.setdefault(name, value)
         self._plan, self._planned = None, []
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -490,6 +536,13 @@ def parameter_names(group: Group, index: int) -> list[str]:
     names = [f"parameter {name!r}" for name in group.get("param_names", ())]
     # A parameter appended to the list afterwards has no name.
     return names + [f"parameter {position} of group {index}" for position in range(len(names), len(group["params"]))]
+
+
+def _zero_grads(params: list[Tensor]) -> None:
+    """As `torch.optim.Optimizer.zero_grad(set_to_none=False)`, where elements may share memory."""
+    for param in params:
+        if param.grad is not None:
+            param.grad = torch.zeros_like(param.grad) if 0 in param.grad.stride() else param.grad.detach().zero_()
 
 
 def _counter(value: Any) -> Tensor:

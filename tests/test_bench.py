@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,20 +19,21 @@ import fusedopt
 from fusedopt._cli import main
 from fusedopt.bench import timing
 from fusedopt.bench.micro import Options, host_costs, run_cell
-from fusedopt.bench.ops import OPS
+from fusedopt.bench.ops import OPS, Entry
 from fusedopt.bench.presets import PRECISIONS, PRESETS, SERIES, Preset, elements
-from fusedopt.bench.providers import PROVIDERS, Provider
+from fusedopt.bench.providers import PROVIDERS, Provider, _peer
 from fusedopt.bench.records import SCHEMA, Row, Run
 from fusedopt.bench.report import duration
 from fusedopt.bench.timing import Spread
 
 TINY = Preset("tiny", "a few small tensors", 3, ((3, 5), (7,)), outer=((64,),))
+CODES = Preset("codes", "tensors that have 8-bit state, among them one of ragged blocks", 2, ((5000,), (64, 128)))
 FASTEST = next(f"fusedopt-{name}" for name, backend in fusedopt.backends.BACKENDS.items() if not backend.unavailable())
 ONE_ROUND = Options(providers=(FASTEST, "fusedopt-eager"), rounds=1)
 
 
-def measure(op: str = "adamw", dtype: str = "fp32", **options: object) -> dict[str, Row]:
-    rows = run_cell(OPS[op], TINY, PRECISIONS[dtype], dataclasses.replace(ONE_ROUND, **options))
+def measure(op: str = "adamw", dtype: str = "fp32", preset: Preset = TINY, **options: object) -> dict[str, Row]:
+    rows = run_cell(OPS[op], preset, PRECISIONS[dtype], dataclasses.replace(ONE_ROUND, **options))
     return {row.provider: row for row in rows}
 
 
@@ -47,6 +49,7 @@ def test_every_optimizer_is_an_op() -> None:
     [
         ("mlp", 6, 5_962),
         ("many", 2_000, 2_000_000),
+        ("many5k", 2_000, 10_000_000),
         ("large", 16, 1 << 24),
         ("gpt2", 148, 124_439_808),
         ("llama1b", 146, 1_235_814_400),
@@ -108,6 +111,63 @@ def test_bytes_a_parameter_of_adamw(dtype: str, moved: int, state: int) -> None:
     assert row.seconds and row.bytes_per_second == pytest.approx(moved * row.elements / row.seconds.median)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_right_with_8_bit_state(op: str) -> None:
+    rows = measure(op, "int8", CODES)
+    for name in ONE_ROUND.providers:
+        row = rows[name]
+        assert row.status == "ok", row.note
+        assert row.error is not None and row.error_limit is not None and 0 <= row.error <= row.error_limit
+        assert row.state_bytes_per_param is not None
+        # Beside the codes a scale for each of ceil(5000 / 256) and of 64 * 128 / 256 blocks, and up to two counters.
+        states, rest = divmod(row.state_bytes_per_param * row.elements, row.elements)
+        assert states >= 1 and 0 <= rest - states * 4 * 2 * (20 + 32) <= 8 * row.tensors
+
+
+@pytest.mark.parametrize(("op", "states"), [("adamw", 2), ("lion", 1), ("sgd", 1), ("ademamix", 3)])
+def test_bytes_a_parameter_with_8_bit_state(op: str, states: int) -> None:
+    preset = Preset("even", "whole blocks", 1, ((4096,),))
+    row = measure(op, "int8", preset)[FASTEST]
+    state = states * (1 + 4 / 256)
+    assert row.bytes_per_param == 12 + 2 * state
+    assert row.state_bytes_per_param is not None
+    assert 0 <= row.state_bytes_per_param - state <= 2 * 4 / 4096  # the step counters
+    mixed = measure(op, "mixed-int8", preset)[FASTEST]
+    assert mixed.bytes_per_param == 6 + 2 * state
+    assert OPS[op].held_bytes(Entry(OPS[op].optimizer, PROVIDERS[FASTEST], PRECISIONS["int8"])) == 8 + state
+
+
+def test_small_tensors_are_said_to_have_float32_state() -> None:
+    row = measure(dtype="int8")[FASTEST]
+    assert row.bytes_per_param == 28
+    assert row.state_bytes_per_param and row.state_bytes_per_param > 8
+
+
+def test_8_bit_peers_contend_with_8_bit_state_alone() -> None:
+    for name in ("bitsandbytes-8bit", "torchao-8bit"):
+        for precision in PRECISIONS.values():
+            assert (PROVIDERS[name].lacks("AdamW", precision) is None) == precision.lossy
+
+
+def test_bitsandbytes_with_8_bit_state() -> None:
+    pytest.importorskip("bitsandbytes")
+    row = measure(dtype="int8", preset=CODES, providers=("bitsandbytes-8bit",))["bitsandbytes-8bit"]
+    assert row.status == "ok", row.note
+    assert row.state_bytes_per_param and 2 < row.state_bytes_per_param < 2.2  # with two maps of 1 kB for 26k elements
+
+
+def test_what_a_peer_logs_while_it_loads_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    source = "import logging, warnings\nlogging.error('no GPU')\nwarnings.warn('no kernels')\n"
+    (tmp_path / "noisy.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _peer("noisy", "noisy", "noisy", (), ()).unavailable(torch.device("cpu")) is None
+    assert not caplog.records and not recwarn.list
+    logging.error("heard again")
+    assert [record.message for record in caplog.records] == ["heard again"]
+
+
 def test_the_baseline_is_torch_fused_where_torch_has_it() -> None:
     assert set(measure("adamw")[FASTEST].speedups) == {"torch-fused"}
     assert set(measure("nadam")[FASTEST].speedups) == {"torch"}
@@ -119,6 +179,16 @@ def test_a_baseline_without_the_precision_is_measured_in_float32() -> None:
     rows = measure(dtype="mixed")
     assert rows["torch-fused@fp32"].bytes_per_param == 28
     assert set(rows[FASTEST].speedups) == {"torch-fused@fp32"}
+
+
+def test_a_baseline_may_be_of_another_op() -> None:
+    rows = measure("lion", baselines=("adamw:torch-fused",))
+    assert rows["adamw:torch-fused"].status == "ok" and rows["adamw:torch-fused"].bytes_per_param == 28
+    assert rows[FASTEST].bytes_per_param == 20
+    assert set(rows[FASTEST].speedups) == {"adamw:torch-fused"}
+    rows = measure("lion", "int8", baselines=("adamw:torch-fused",))
+    assert set(rows[FASTEST].speedups) == {"adamw:torch-fused@fp32"}
+    assert measure("adamw", baselines=("lion:torch",))["lion:torch"].note == "torch.optim has no Lion"
 
 
 def test_a_provider_asked_for_without_the_op_is_said_to_be_absent() -> None:
@@ -141,6 +211,13 @@ class Halved(torch.optim.AdamW):
 
     def __init__(self, params: list, **settings: float) -> None:
         super().__init__(params, **{**settings, "weight_decay": settings["weight_decay"] / 2})
+
+
+class Slowed(torch.optim.AdamW):
+    """Nine tenths of the learning rate."""
+
+    def __init__(self, params: list, **settings: float) -> None:
+        super().__init__(params, **{**settings, "lr": 0.9 * settings["lr"]})
 
 
 class LastLeftOut(torch.optim.AdamW):
@@ -188,6 +265,14 @@ def test_a_provider_with_other_results_is_wrong_and_not_timed(other: str) -> Non
     assert rows[other].status == "wrong" and rows[other].note.startswith("error ")
     assert rows[other].seconds is None and not rows[other].speedups
     assert rows[FASTEST].status == "ok" and set(rows[FASTEST].speedups) == {"torch"}
+
+
+@pytest.mark.parametrize("other", [Slowed], indirect=True)
+def test_8_bit_state_is_held_to_the_reference_too(other: str) -> None:
+    rows = measure(dtype="int8", preset=CODES, providers=(other, FASTEST))
+    assert (rows[other].status, rows[FASTEST].status) == ("wrong", "ok")
+    assert rows[other].error == pytest.approx(0.1, abs=0.01)  # a tenth of the update is missing
+    assert rows[other].error_limit == rows[FASTEST].error_limit
 
 
 @pytest.mark.parametrize("other", [Raising], indirect=True)
@@ -307,6 +392,15 @@ def test_bench_prints_markdown(tiny: None) -> None:
     assert table[2].startswith(f"| {FASTEST} |")
 
 
+def test_a_table_has_room_for_every_name(tiny: None) -> None:
+    baselines = ["--baseline", "torch-fused,torch-foreach,adamw:torch-fused"]
+    options = ["--preset", "mlp", "--dtype", "int8", "--rounds", "1", "--provider", FASTEST]
+    lines = call("bench", "adam", *options, *baselines).splitlines()
+    for name in ("torch-fused@fp32", "torch-foreach@fp32", "adamw:torch-fused@fp32"):
+        assert any(line.startswith(f" {name} ") for line in lines)
+        assert any(f"× {name}" in line for line in lines)
+
+
 def test_nothing_to_draw_is_said(tiny: None, tmp_path: Path) -> None:
     chart = tmp_path / "run.png"
     options = ["--preset", "mlp", "--provider", "torch", "--baseline", "torch", "--plot", chart]
@@ -326,6 +420,9 @@ def test_list_names_everything() -> None:
         (["nonsense"], "there is no 'nonsense'; there are sgd"),
         (["--preset", "huge"], "there is no 'huge'; there are mlp"),
         (["--provider", "apex"], "there is no 'apex'"),
+        (["--baseline", "apex"], "there is no 'apex'"),
+        (["--baseline", "torch,adamw:apex"], "there is no 'apex'"),
+        (["--baseline", "nonsense:torch"], "there is no 'nonsense'; there are sgd"),
         (["--device", "tpu"], "'tpu' is no device"),
         (["--rounds", "0"], "0 is not in the range"),
         (["--json", "missing/run.json"], "there is no directory missing"),

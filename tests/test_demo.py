@@ -91,9 +91,63 @@ def test_every_optimizer(tmp_path: Path, name: str) -> None:
     assert second["label"] == "fusedopt"
 
 
-def test_state_dtype(tmp_path: Path) -> None:
-    first, second = results(tmp_path, "--state-dtype", "bfloat16")["runs"]
-    assert second["state_bytes"] < 0.8 * first["state_bytes"]
+# What rounding may change of a step: half a unit in the last of 8 bits, and of the 64 steps of a block's upper decade.
+@pytest.mark.parametrize(("state_dtype", "rounding"), [("bfloat16", 2**-9), ("int8", 0.9 / 64 / 2 / 0.1)])
+def test_state_dtype(tmp_path: Path, state_dtype: str, rounding: float) -> None:
+    result = results(tmp_path, "--state-dtype", state_dtype)
+    first, second, third = result["runs"]
+    assert [run["label"] for run in result["runs"]] == ["torch AdamW", "fusedopt", f"fusedopt {state_dtype}"]
+    assert second["state_bytes"] == first["state_bytes"]
+    assert third["state_bytes"] < 0.8 * first["state_bytes"]
+    losses = [run["validation_loss"] for run in (second, third)]
+    assert result["comparison"]["validation_losses"] == losses
+    assert result["comparison"]["validation_relative_difference"] == abs(losses[0] - losses[1]) / losses[0] > 0
+    assert result["comparison"]["max_loss_difference"] == max(
+        abs(a - b) for a, b in zip(second["losses"], third["losses"], strict=True)
+    )
+    fall = max(second["losses"]) - min(second["losses"])
+    assert result["comparison"]["first_steps_bound"] == pytest.approx(1e-4 + rounding * fall, rel=0.01)
+
+
+def test_state_bytes_of_int8(tmp_path: Path) -> None:
+    result = results(tmp_path, "--state-dtype", "int8")
+    run, parameters = result["runs"][-1], result["config"]["parameters"]
+    quantized = 2 * 256 * 32  # the embedding and the head; nothing else has 4096 elements
+    counters = 4 * len(list(Llama(SIZES["tiny"]).parameters()))
+    assert run["state_bytes"] == 8 * (parameters - quantized) + 2 * quantized * (1 + 4 / 256) + counters
+    assert run["state_bytes_per_parameter"] == run["state_bytes"] / parameters
+
+
+def test_state_dtype_where_torch_has_no_such_optimizer(tmp_path: Path) -> None:
+    result = results(tmp_path, "--optimizer", "Lion", "--state-dtype", "int8")
+    assert [run["label"] for run in result["runs"]] == ["fusedopt", "fusedopt int8"]
+
+
+def test_seeds(tmp_path: Path) -> None:
+    several = results(tmp_path, "--state-dtype", "int8", "--seeds", "3")["comparison"]
+    assert [comparison["seed"] for comparison in (several, *several["other_seeds"])] == [0, 1, 2]
+    alone = results(tmp_path, "--state-dtype", "int8", "--seed", "1")["comparison"]
+    assert several["other_seeds"][0]["validation_losses"] == alone["validation_losses"]
+    output = run(tmp_path, "--state-dtype", "int8", "--seed", "5", "--seeds", "2").output
+    table = output[output.index("Validation loss") :]
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("│")] == ["5", "6"]
+
+
+@pytest.mark.parametrize("wrong_seed", [0, 1])
+def test_notices_another_training_with_8_bit_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong_seed: int
+) -> None:
+    def make(params: Any, state_dtype: str | None = None, **settings: Any) -> torch.optim.Optimizer:
+        if state_dtype and torch.initial_seed() == wrong_seed:
+            settings["lr"] *= 1.5
+        return fusedopt.Lion(params, state_dtype=state_dtype, **settings)
+
+    make.torch_class = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(fusedopt.optim.OPTIMIZERS, "Lion", make)
+    arguments = ("--optimizer", "Lion", "--state-dtype", "int8", "--seeds", "2", "--steps", str(FIRST_STEPS))
+    result = run(tmp_path, *arguments)
+    assert result.exit_code == 1
+    assert f"this is not the same training: seed {wrong_seed}:" in " ".join(result.output.split())
 
 
 def test_notices_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +169,7 @@ def test_notices_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["--optimizer", "Adan"], "AdamW"),
         (["--state-dtype", "int3"], "int3"),
         (["--steps", "1"], "--steps"),
+        (["--seeds", "0"], "--seeds"),
         (["--threads", "0"], "--threads"),
         (["--output", "no/such/folder/chart.png"], "no/such/folder/chart.png cannot be written"),
         (["--json", "no/such/folder/result.json"], "no/such/folder/result.json cannot be written"),

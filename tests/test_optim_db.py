@@ -14,7 +14,7 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, Optimi
 from torch.testing._internal.common_utils import set_default_dtype
 
 from fusedopt.optim import OPTIMIZERS
-from fusedopt.optimizer import GROUP_OPTIONS
+from fusedopt.optimizer import GROUP_OPTIONS, OPTIONS
 
 STEPS = 5
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64)
@@ -140,7 +140,7 @@ def test_signature(ours: Any) -> None:
     expected = [(p.name, p.kind, p.default) for p in theirs.parameters.values()]
     assert [(p.name, p.kind, p.default) for p in mine[: len(expected)]] == expected
     assert {p.name: (p.kind, p.default) for p in mine[len(expected) :]} == {
-        name: (inspect.Parameter.KEYWORD_ONLY, value) for name, value in {**GROUP_OPTIONS, "backend": None}.items()
+        name: (inspect.Parameter.KEYWORD_ONLY, value) for name, value in OPTIONS.items()
     }
     param = [torch.nn.Parameter(torch.ones(1))]
     defaults = {**ours.torch_class(param).defaults, **GROUP_OPTIONS}

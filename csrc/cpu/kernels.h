@@ -1,7 +1,7 @@
 // The kernels of the instruction set this file is compiled for. Included once by each cpu/<instruction set>.cpp.
 #pragma once
 
-#include "../step.h"
+#include "../norm.h"
 
 #define FUSEDOPT_FLOAT32(RULE) update_range<RULE, float>,
 #define FUSEDOPT_FLOAT64(RULE) update_range<RULE, double>,
@@ -11,5 +11,5 @@
   static const UpdateRange float32_kernels[] = {FUSEDOPT_RULES(FUSEDOPT_FLOAT32)};      \
   static const UpdateRange float64_kernels[] = {FUSEDOPT_RULES(FUSEDOPT_FLOAT64)};      \
   extern const Kernels ISA##_kernels;                                                 \
-  const Kernels ISA##_kernels = {#ISA, float32_kernels, float64_kernels};               \
+  const Kernels ISA##_kernels = {#ISA, float32_kernels, float64_kernels, square_sums};  \
   }

@@ -1,0 +1,114 @@
+"""The norm of gradients and clipping by it, deterministic: the same bits on every backend and any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, native
+from .codecs import decode
+
+TREE = 1024
+"""Squares are summed so many at a time by halves, a tensor padded with zeros; and so are the sums. csrc/norm.h."""
+
+
+def grad_norm(grads: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    """The 2-norm of all these tensors together, each element multiplied by `scale` first: zero-dimensional float32.
+
+    Elements are taken in the order in which they lie in memory. The reference of every backend's.
+    """
+    sums = [_tree_sums(_in_memory_order(grad) * scale) for grad in grads]
+    total = torch.cat(sums) if sums else torch.zeros(1)
+    while len(total) > 1:
+        total = _halved(total)
+    # Through float64: torch's root of a float32 may be one unit off.
+    return total.new_zeros(()) if not len(total) else total[0].double().sqrt().float()
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are multiplied by to have at most `max_norm`, as torch has it."""
+    coefficient = max_norm / (norm + 1e-6)
+    return 1.0 if coefficient >= 1 else coefficient  # NaN stays NaN
+
+
+def _in_memory_order(grad: Tensor) -> Tensor:
+    grad = grad.resolve_conj().resolve_neg()
+    order = sorted(range(grad.ndim), key=lambda dim: -grad.stride(dim))
+    return decode(grad.permute(order), torch.float32).reshape(-1)
+
+
+def _tree_sums(values: Tensor) -> Tensor:
+    return _halved(values * values)
+
+
+def _halved(values: Tensor) -> Tensor:
+    """The sums of every 1024."""
+    values = torch.nn.functional.pad(values, (0, -len(values) % TREE)).view(-1, TREE)
+    while values.shape[1] > 1:
+        half = values.shape[1] // 2
+        values = values[:, :half] + values[:, half:]
+    return values[:, 0]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, with a norm that does not depend on threads or processor.
+
+    Args:
+        parameters: those whose gradients are scaled in place to have at most `max_norm` together; one without a
+            gradient is passed over.
+        max_norm: the limit.
+        norm_type: 2; other norms are torch's.
+        error_if_nonfinite: raise where the norm is NaN or infinite.
+        foreach: as torch's; it makes no difference.
+
+    Returns:
+        The norm before, zero-dimensional float32 on the device of the first gradient.
+
+    Raises:
+        RuntimeError: the norm is not finite, and `error_if_nonfinite`.
+        ValueError: another `norm_type`, or a gradient that is sparse or a DTensor.
+    """
+    if norm_type != 2:
+        raise ValueError(f"norm_type={norm_type}: only the 2-norm is deterministic here; use torch.nn.utils for others")
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [param.grad for param in parameters if param.grad is not None]
+    for grad in grads:
+        check_clippable(grad, "a gradient")
+    if all(grad.device.type == "cpu" for grad in grads) and BACKENDS["cpu"].unavailable() is None:
+        resolved = [grad.resolve_conj().resolve_neg() for grad in grads]
+        norm = torch.tensor(native().norm(resolved, torch.get_num_threads()))
+    else:
+        device = grads[0].device if grads else torch.device("cpu")
+        norm = grad_norm([grad.to(device) for grad in grads])
+    value = float(norm)
+    if error_if_nonfinite and not value < torch.inf:
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    coefficient = clip_coefficient(value, max_norm)
+    if coefficient != 1:
+        for grad in grads:
+            grad.mul_(coefficient)
+    return norm
+
+
+def check_clippable(grad: Tensor, what: str) -> None:
+    """Raises ValueError where the norm of a gradient is not to be had here."""
+    if hasattr(grad, "_local_tensor"):
+        raise ValueError(
+            f"{what} is a DTensor, whose norm takes communication; use torch.nn.utils.clip_grad_norm_ and no "
+            "max_grad_norm"
+        )
+    if grad.layout != torch.strided:
+        raise ValueError(f"{what} has layout {grad.layout}; only dense gradients are clipped")
