@@ -311,8 +311,9 @@ def remainder(values: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     A parameter rounded to even from a tie may lack half a unit, one more than the type holds.
     """
     low = torch.iinfo(dtype)
+    dropped = 16 - low.bits
     difference = values.view(torch.int32).long() - decode(param, torch.float32).view(torch.int32).long()
-    return (difference >> 16 - low.bits).clamp(low.min, low.max).to(dtype)
+    return (difference + ((1 << dropped) >> 1) >> dropped).clamp(low.min, low.max).to(dtype)
 
 
 def _largest(bits: int) -> float:

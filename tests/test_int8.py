@@ -494,31 +494,39 @@ BAD_SCALES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
 @on_every_backend
 @every_state
 def test_bad_codes_and_scales(name: str, config: dict[str, Any], backend: str) -> None:
-    """A clear error, and nothing has changed; set right, the optimizer goes on."""
-    params = make_parameters([(300,), (5,), SHAPE])
+    """A clear error, and nothing has changed; set right, the optimizer goes on. Each after a step, and so a plan."""
+    shapes = [(300,), (5,), SHAPE]
+    params = make_parameters(shapes)
     optimizer = make(name, config, backend, list(zip(("first", "second", "last"), params)))
-    untouched = make(name, config, backend, make_parameters([(300,), (5,), SHAPE]))
-    for step in range(2):
+    untouched = make(name, config, backend, make_parameters(shapes))
+
+    def step_both() -> None:
         for each in (optimizer, untouched):
-            set_grads(each.param_groups[0]["params"], step)
+            set_grads(each.param_groups[0]["params"], 0)
             each.step()
+
+    def assert_bad(entry: str, value: Any, error: type[Exception], words: str) -> None:
+        step_both()
+        good, state[entry] = state[entry], value
+        assert_refused(optimizer, error, words)
+        state[entry] = good
+
+    step_both()
     state = optimizer.state[params[2]]
     for key in states_of(optimizer):
         codes, scale = f"the state {key!r} of parameter 'last'", f"{key + SCALE_SUFFIX!r} of parameter 'last'"
-        for entry, what, table in ((key, codes, BAD_CODES), (key + SCALE_SUFFIX, scale, BAD_SCALES)):
-            good = state[entry]
-            for change, error, words in table.values():
-                state[entry] = change(good)
-                words = f"{codes} {words}, {entry!r}" if words == NO_SCALES else what + words
-                assert_refused(optimizer, error, words)
-            state[entry] = good
-        del state[key + SCALE_SUFFIX]
+        for change, error, words in BAD_CODES.values():
+            assert_bad(key, change(state[key]), error, codes + words)
+        for change, error, words in BAD_SCALES.values():
+            words = f"{codes} {words}, {key + SCALE_SUFFIX!r}" if words == NO_SCALES else scale + words
+            assert_bad(key + SCALE_SUFFIX, change(state[key + SCALE_SUFFIX]), error, words)
+        step_both()
+        good = state.pop(key + SCALE_SUFFIX)
         assert_refused(optimizer, ValueError, f"{codes} {NO_SCALES}, {key + SCALE_SUFFIX!r}")
         state[key + SCALE_SUFFIX] = good
-    for each in (optimizer, untouched):
-        each.step()
-    for key, value in results(untouched).items():
-        assert_same_bits(results(optimizer)[key], value, key)
+    step_both()
+    actual, expected = results(optimizer), results(untouched)
+    assert_same_results({key: actual[key] for key in expected}, expected)
 
 
 def change_data(change: Any) -> Any:
