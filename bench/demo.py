@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "NAdam": {"lr": 1e-3},
     "RAdam": {"lr": 1e-3},
     "Lion": {"lr": 2e-4, "weight_decay": 0.5},
-    "AdEMAMix": {"lr": 3e-4, "weight_decay": 0.1},
+    "AdEMAMix": {"lr": 1e-3, "weight_decay": 0.1},
 }
 
 # When are two training curves the same? The runs may differ in the last bit of a parameter, and training amplifies
@@ -55,8 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 #   A signed state in bfloat16 is off by up to 2^-9 of itself, hence a step, hence to first order the fall of the loss.
 #   In 8 bits what lies in the upper decade of its block is off by up to half of 0.9 / 64 of the block's maximum, 7 % of
 #   itself at 0.1 of it; what lies below is off by more of itself, and moves the loss less.
-# - On the validation loss at the end, an average over 23 kB of text. Fewer bits of state make another training, that ends
-#   lower as often as higher, by the noise of training; it must not end higher.
+# - On the validation loss at the end, an average over 23 kB of text. Fewer bits of state make another training, which
+#   ends lower as well as higher, by the noise of training; it must not end higher.
 FIRST_STEPS = 20
 FIRST_BOUND = 1e-4
 STATE_ROUNDING = {"bfloat16": 2**-9, "int8": 0.07}

@@ -35,7 +35,7 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
 
 def _in_memory_order(grad: Tensor) -> Tensor:
     grad = grad.resolve_conj().resolve_neg()
-    order = sorted(range(grad.ndim), key=lambda dim: -grad.stride(dim))
+    order = sorted(range(grad.ndim), key=lambda dim: -grad.stride()[dim])
     return decode(grad.permute(order), torch.float32).reshape(-1)
 
 

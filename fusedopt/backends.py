@@ -76,6 +76,35 @@ class Cpu(Backend):
         return None
 
 
+class Triton(Backend):
+    """Triton kernels, in one launch for all tensors stored alike: `fusedopt.kernels.step.TableStep` runs its steps."""
+
+    name = "triton"
+    summary = "one launch for all tensors stored alike, for tensors on a GPU"
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; pip install triton"
+        if not (torch.cuda.is_available() or _interpreted()):
+            return "torch sees no GPU; on a CPU only Triton's interpreter runs it, with TRITON_INTERPRET=1 set"
+        return None
+
+    def refuses(self, param: Tensor) -> str | None:
+        if param.device.type != ("cpu" if _interpreted() else "cuda"):
+            return f"it is on {param.device}, and the triton backend steps tensors on a GPU"
+        if param.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(param.device) < (8, 0):
+            return f"its GPU, {torch.cuda.get_device_name(param.device)}, is older than Ampere"
+        if param.is_neg() or param.is_conj():
+            return "it is a negative or conjugate view, which has no memory of its own values to update"
+        if _dispatches(param):
+            return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
+        return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 class Eager(Backend):
     """The reference: one torch operation after another. Its results define every other backend's."""
 
@@ -105,7 +134,7 @@ class Eager(Backend):
             encode(values, state)
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Eager())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Triton(), Eager())}
 """Every backend by name, fastest first."""
 
 

@@ -1,4 +1,4 @@
-"""What a rule may contain, and what is made of it: the torch reference and `csrc/rules.h`.
+"""What a rule may contain, and what is made of it: the torch reference, `csrc/rules.h` and a Triton function.
 
 `python -m fusedopt.binding csrc/rules.h` writes the header (`make rules`).
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+import hashlib
 import inspect
+import linecache
 import sys
 import textwrap
 import types
@@ -25,7 +27,7 @@ from . import rules
 # The functions a rule may call, and how many arguments each takes. csrc/functions.h holds their C++ form.
 FUNCTIONS = {"abs": 1, "sign": 1, "sqrt": 1, "minimum": 2, "maximum": 2, "where": 3}
 
-RESERVED = {"T", "state", "scalar"}
+RESERVED = {"T", "state", "scalar", "divide", "negative", "number"}
 
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 COMPARISONS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
@@ -52,6 +54,15 @@ class Rule:
         if self.states:
             return bound
         return lambda *args: (bound(*args),)
+
+    @functools.cached_property
+    def triton(self) -> Any:
+        """The rule as a jitted Triton function that returns a tuple; all arguments have one floating dtype.
+
+        Raises:
+            ImportError: Triton is not installed.
+        """
+        return _jitted(self.name, triton_source(self))
 
 
 def rule_of(function: Callable[..., Any]) -> Rule:
@@ -117,7 +128,7 @@ class _Checker:
             if argument.arg in FUNCTIONS:
                 raise self.refuse(argument, f"{argument.arg!r} is the name of a function")
             if argument.arg in RESERVED:
-                raise self.refuse(argument, f"{argument.arg!r} has a meaning in the C++ that is made of the rule")
+                raise self.refuse(argument, f"{argument.arg!r} has a meaning in the C++ or Triton made of the rule")
         if self.definition.decorator_list:
             raise self.refuse(self.definition.decorator_list[0], "a decorator is not allowed")
         return names
@@ -133,7 +144,7 @@ class _Checker:
         if target.id in FUNCTIONS:
             raise self.refuse(target, f"{target.id!r} is the name of a function")
         if target.id in RESERVED:
-            raise self.refuse(target, f"{target.id!r} has a meaning in the C++ that is made of the rule")
+            raise self.refuse(target, f"{target.id!r} has a meaning in the C++ or Triton made of the rule")
         if self.expression(statement.value):
             raise self.refuse(statement.value, "it has only scalars in it; compute it in the class's `scalars`")
         self.is_scalar[target.id] = False
@@ -285,6 +296,53 @@ def header(all_rules: Sequence[Rule]) -> str:
     macro = "\n".join(textwrap.wrap(names, 112, initial_indent="  ", subsequent_indent="  ")).replace("\n", " \\\n")
     structs = "".join(cpp(rule) for rule in all_rules)
     return f"{_HEADER}{structs}\n}}  // namespace fusedopt\n\n#define FUSEDOPT_RULES(X) \\\n{macro}\n"
+
+
+# --- Triton --------------------------------------------------------------------------------------------------------
+# Printed, like the C++: rebinding the names of the code object cannot change its operators, and Triton's `/` is
+# approximate, its `-x` may lose the sign of zero, and its literals may promote.
+
+
+def triton_source(rule: Rule) -> str:
+    """The rule as a function of Triton tensors, over what kernels/functions.py defines."""
+    p, *others = inspect.getfullargspec(rule.function).args
+    lines = [f"def rule({', '.join([p, *others])}):"]
+    for statement in rule.body:
+        value = _TritonSpelling(p).visit(ast.parse(ast.unparse(statement.value), mode="eval").body)
+        lines.append(f"    {ast.unparse(statement.targets[0])} = {ast.unparse(value)}")
+    lines.append(f"    return ({', '.join([p, *rule.states])},)")
+    return "\n".join(lines) + "\n"
+
+
+class _TritonSpelling(ast.NodeTransformer):
+    def __init__(self, like: str):
+        self.like = ast.Name(like)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Call:
+        return ast.Call(ast.Name("number"), [node, self.like], [])
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.Call:
+        return ast.Call(ast.Name("negative"), [self.visit(node.operand)], [])
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        left, right = self.visit(node.left), self.visit(node.right)
+        if isinstance(node.op, ast.Div):
+            return ast.Call(ast.Name("divide"), [left, right], [])
+        return ast.BinOp(left, node.op, right)
+
+
+def _jitted(name: str, source: str) -> Any:
+    # Triton reads a function's source, here from linecache, and tells functions apart by module and name.
+    import triton
+
+    from .kernels import functions
+
+    module = f"fusedopt.rules.{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    filename = f"<{module}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace = {**vars(functions), "__name__": module}
+    exec(compile(source, filename, "exec"), namespace)
+    return triton.jit(namespace["rule"])
 
 
 RULES: dict[str, Rule] = {

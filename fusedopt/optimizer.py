@@ -32,7 +32,7 @@ from ._state import (
     new_state,
     stored,
 )
-from .backends import Backend, Cpu, Eager, Update, check_backend, choose, native, requested_backend
+from .backends import Backend, Cpu, Eager, Triton, Update, check_backend, choose, native, requested_backend
 from .binding import Rule
 from .codecs import SCALE_SUFFIX
 
@@ -158,6 +158,7 @@ class Optimizer(torch.optim.Optimizer):
         _checks.check_max_grad_norm(self.max_grad_norm)
         self._plan: Any = None
         self._planned: list[tuple[Any, ...]] = []
+        self._tables: dict[torch.device, Any] = {}
         super().__init__(params, {**defaults, **self.group_options, **options})
         if defaults.get("fused"):
             # As torch: GradScaler then leaves unscaling and skipping to the step.
@@ -345,9 +346,25 @@ class Optimizer(torch.optim.Optimizer):
 
             plan = self._make_plan(state, groups, [entry.number for entry in on_cpu], on_cpu)
             self._run_new(plan, state, groups, scalars, grad_scale, False)
-        for entry in entries:
-            if not isinstance(entry.backend, Cpu):
-                self._step_eagerly(entry, grad_scale)
+        others = [entry for entry in entries if not isinstance(entry.backend, Cpu)]
+        counted = [(self._scalars(entry.group, *entry.counters), entry) for entry in others]
+        updates = [(self._update_of(entry, scalars, grad_scale), entry) for (scalars, _), entry in counted]
+        for update, entry in updates:
+            if isinstance(entry.backend, Eager):
+                Eager.step(update)
+        on_triton = [update for update, entry in updates if isinstance(entry.backend, Triton)]
+        for device in {update.param.device for update in on_triton}:
+            if device not in self._tables:
+                from .kernels.step import TableStep
+
+                self._tables[device] = TableStep()
+            self._tables[device]([update for update in on_triton if update.param.device == device])
+        for (_, advanced), entry in counted:
+            for name, value in zip(self.counters, advanced):
+                self.state[entry.param][name].fill_(value)
+        increment_version([entry.param for _, entry in updates if isinstance(entry.backend, Triton)])
+        if self.zero_grads:
+            _zero_grads([entry.param for entry in others])
 
     def _make_plan(self, state: Any, groups: list[Group], firsts: list[int], entries: list[_Entry]) -> Any:
         specs = [
@@ -374,12 +391,11 @@ class Optimizer(torch.optim.Optimizer):
                 "this, and use backend='eager' meanwhile"
             )
 
-    def _step_eagerly(self, entry: _Entry, grad_scale: float) -> None:
-        scalars, advanced = self._scalars(entry.group, *entry.counters)
-        state = self.state.get(entry.param, {})
+    def _update_of(self, entry: _Entry, scalars: tuple[float, ...], grad_scale: float) -> Update:
         param, group = entry.param, self.param_groups[entry.group]
+        state = self.state.get(param, {})
         assert param.grad is not None
-        update = Update(
+        return Update(
             entry.rule,
             local_shard(param),
             local_shard(param.grad),
@@ -389,11 +405,6 @@ class Optimizer(torch.optim.Optimizer):
             local_shard(state["master"]) if master_dtype(param, group) else None,
             key_of(param, group, entry.number),
         )
-        Eager.step(update)
-        if self.zero_grads:
-            _zero_grads([param])
-        for name, value in zip(self.counters, advanced):
-            state[name].fill_(value)
 
     def _entries(self, requested: str | None) -> Iterator[_Entry]:
         """Every parameter with a gradient, checked."""
@@ -456,7 +467,7 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults = {name: value for name, value in self.defaults.items() if name in declared}
         for name, value in (("_backend", None), ("max_grad_norm", None), ("zero_grads", False), ("grad_norm", None)):
             self.__dict__.setdefault(name, value)
-        self._plan, self._planned = None, []
+        self._plan, self._planned, self._tables = None, [], {}
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, _ABSENT.get(name, default))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from configs import CONFIGS, row_id, rows
 from helpers import GRAD_LAYOUTS, assert_same_results, make_parameters, results, same_bits, set_grad, set_grads, values
+from steps import USABLE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -18,7 +19,7 @@ from fusedopt.optim import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["first", "second", "third", "last"]
-on_every_backend = pytest.mark.parametrize("backend", [None, *BACKENDS])
+on_every_backend = pytest.mark.parametrize("backend", [None, *USABLE])
 every_class = pytest.mark.parametrize("name", OPTIMIZERS)
 every_row = pytest.mark.parametrize(("name", "config"), [pytest.param(*row, id=row_id(*row)) for row in rows()])
 

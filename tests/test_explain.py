@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -203,7 +204,7 @@ def test_without_the_native_module_training_goes_on(tmp_path: Path) -> None:
     for text in (explained, refused):
         assert f"FUSEDOPT_NATIVE_PATH={str(tmp_path)!r} holds no _native*.so" in text
         assert "install a C++ compiler and reinstall fusedopt" in text
-    assert "cpu    native" in explained and "does not run" in explained
+    assert re.search("cpu +native", explained) and "does not run" in explained
     assert "the backend 'cpu' cannot run here" in refused
 
 

@@ -18,17 +18,16 @@ from helpers import make_parameters, set_grads, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import PAPERS, oracle
+from steps import USABLE
 from torch import Tensor
 from torch.nn import Parameter
 
-from fusedopt.backends import BACKENDS
 from fusedopt.binding import RULES, Rule
 from fusedopt.optim import OPTIMIZERS
 from fusedopt.optimizer import GROUP_OPTIONS
 
 SHAPES = [(33,), (5, 7), (), (0,), (2003,)]
 every_row = pytest.mark.parametrize(("name", "config"), [pytest.param(*row, id=row_id(*row)) for row in rows()])
-usable = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
 pytestmark = pytest.mark.usefixtures("one_thread", "counters_in_double")
 
 
@@ -111,21 +110,21 @@ def test_every_rule_is_tried() -> None:
 # --- against the oracles ---
 
 
-@pytest.mark.parametrize("backend", usable)
+@pytest.mark.parametrize("backend", USABLE)
 @every_row
 def test_float64(name: str, config: dict[str, Any], backend: str) -> None:
     optimizer = trained(OPTIMIZERS[name], config, backend)
     assert error(optimizer, name, CONFIGS[name].index(config)) < tolerance(torch.float64)
 
 
-@pytest.mark.parametrize("backend", usable)
+@pytest.mark.parametrize("backend", USABLE)
 @every_row
 def test_float32(name: str, config: dict[str, Any], backend: str) -> None:
     optimizer = trained(OPTIMIZERS[name], config, backend, torch.float32)
     assert error(optimizer, name, CONFIGS[name].index(config)) < tolerance(torch.float32)
 
 
-@pytest.mark.parametrize("backend", usable)
+@pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize(
     ("name", "config"), [pytest.param(*row, id=row_id(*row)) for row in rows() if row[0] not in PAPERS]
 )

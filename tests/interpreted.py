@@ -1,0 +1,418 @@
+"""The Triton kernels under Triton's interpreter, against the reference. `test_triton.py` runs this file.
+
+Triton decides at its import whether it interprets, so these tests need a process of their own, with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from helpers import GRAD_LAYOUTS, LAYOUTS, assert_same_bits, pairwise, surroundings, values
+from steps import assert_near
+from test_codecs import any_bits, hard_to_round
+from torch import Tensor
+
+from fusedopt._state import NARROW, new_master, new_state, stored
+from fusedopt.backends import Eager, Update
+from fusedopt.binding import RULES, rule_of
+from fusedopt.codecs import (
+    BLOCK,
+    MASTERS,
+    ROUNDINGS,
+    SIGNED,
+    STATE_DTYPES,
+    UNSIGNED,
+    Codes,
+    DynamicMap,
+    Key,
+    blocks,
+    encode,
+    magnitudes,
+    random_words,
+    rounding_key,
+    state_dtype,
+)
+from fusedopt.kernels import codecs as kernel_codecs
+from fusedopt.kernels.step import TILE, TableStep
+from fusedopt.optim import OPTIMIZERS
+
+assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+np.seterr(all="ignore")  # the interpreter computes with NumPy, which warns of every NaN
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = {name: kind for optimizer in OPTIMIZERS.values() for name, kind in optimizer.states.items()}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+# One number, none, and two tiles: a whole one and a ragged one.
+SHAPES = ((), (0,), (2, 3, 5, 83))
+assert TILE < 2 * 3 * 5 * 83 < 2 * TILE
+
+
+# --- against the reference ---
+
+
+def updates(case: dict[str, Any]) -> list[Update]:
+    """One of each shape, all stored as `case` says, the same at every call; without gradients, scalars and keys."""
+    rule, dtype = RULES[case["rule"]], case["param"]
+    made = []
+    for index, shape in enumerate(SHAPES):
+        param = LAYOUTS[case["layout"]](values(shape, 1, index, dtype=dtype, awkward=dtype in NARROW))
+        state: dict[str, Tensor] = {}
+        for number, name in enumerate(rule.states):
+            state |= new_state(name, param, KINDS[name], state_dtype(case["state"], KINDS[name], dtype))
+            first = values(shape, 3, index, number)
+            first = first.abs() if KINDS[name] == "unsigned" else first
+            if dtype.is_complex:
+                state[name].copy_(torch.complex(first, first.flip(0) if first.ndim else first))
+            else:
+                encode(first, stored(state, name, KINDS[name]))
+        made.append(
+            Update(
+                rule,
+                param,
+                param,
+                [stored(state, name, KINDS[name]) for name in rule.states],
+                (),
+                master=master_of(param, case["master"], index),
+            )
+        )
+    return made
+
+
+def master_of(param: Tensor, name: str | None, seed: int) -> Tensor | None:
+    """Bits that the parameter lacks; of float32 masters every third is out of date."""
+    dtype = MASTERS[name] if param.dtype in NARROW else None
+    if dtype is None or (param.dtype == torch.float16 and dtype != torch.float32):
+        return None
+    master = new_master(param, dtype)
+    if dtype == torch.float32:
+        outdated = values(param.shape, 4, seed) > 0.4
+        return torch.where(outdated, master + 1, master * (1 + 2.0**-13)).to(dtype)
+    low = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return master.copy_(torch.randint(low.min, low.max + 1, param.shape, generator=generator))
+
+
+def at_step(updates: Sequence[Update], step: int, case: dict[str, Any]) -> list[Update]:
+    """With what a step brings: gradients, scalars that differ between tensors, and keys."""
+    found = []
+    for index, update in enumerate(updates):
+        awkward = update.param.dtype not in (torch.float64, torch.complex128)
+        dtype = update.param.dtype if update.param.is_complex() else case["grad"] or update.param.dtype
+        grad = values(update.param.shape, 2, step, index, dtype=dtype, awkward=awkward)
+        imaginary_complex = case["grad_layout"] == "imaginary" and dtype.is_complex
+        scalars = tuple((0.1, 0.27, 0.06, 0.5)[(i + step + index // 2) % 4] for i in range(len(update.rule.scalars)))
+        stochastic = case["rounding"] == "stochastic" and update.param.dtype in NARROW
+        found.append(
+            replace(
+                update,
+                grad=GRAD_LAYOUTS["conjugate" if imaginary_complex else case["grad_layout"]](grad),
+                scalars=scalars,
+                grad_scale=-0.7 if step else 1.0,
+                key=rounding_key(3, step, index) if stochastic else None,
+            )
+        )
+    return found
+
+
+def parts(update: Update) -> dict[str, Tensor]:
+    found = {"parameter": update.param, "beside the parameter": surroundings(update.param)}
+    if update.master is not None:
+        found["master"] = update.master
+    for name, state in zip(update.rule.states, update.states):
+        pieces = {"": state.codes, " scale": state.scale} if isinstance(state, Codes) else {"": state}
+        found |= {name + piece: tensor for piece, tensor in pieces.items()}
+    return found
+
+
+def check(case: dict[str, Any]) -> None:
+    ours, theirs = updates(case), updates(case)
+    driver = TableStep()
+    for step in range(2):
+        now = at_step(ours, step, case)
+        grads = [update.grad.clone() for update in now]
+        driver(now)
+        for update, grad in zip(now, grads):
+            assert_same_bits(update.grad, grad, "gradient")
+        for update in at_step(theirs, step, case):
+            Eager.step(update)
+    compare = assert_near_codes if case["param"] in (torch.float64, torch.complex128) else assert_same_bits
+    for update, expected in zip(ours, theirs):
+        for (name, found), reference in zip(parts(update).items(), parts(expected).values()):
+            compare(found, reference, f"{name} {list(update.param.shape)}")
+
+
+def assert_near_codes(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Of float64 the last bit is free, which may decide how a code is rounded."""
+    if ours.dtype == torch.uint8:
+        assert not ((ours.int() - theirs.int()).abs() > 1).any(), what
+    else:
+        assert_near(ours, theirs, 2, what)
+
+
+STORED: dict[str, Sequence[Any]] = {
+    "rule": list(RULES),
+    "param": DTYPES,
+    "state": STATE_DTYPES,
+    "narrow": [(master, rounding) for master in MASTERS for rounding in ROUNDINGS],
+}
+LAID: dict[str, Sequence[Any]] = {
+    "grad": (None, torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "layout": list(LAYOUTS),
+    "grad_layout": list(GRAD_LAYOUTS),
+}
+
+
+def case_of(row: dict[str, Any]) -> dict[str, Any]:
+    master, rounding = row["narrow"]
+    case: dict[str, Any] = {"grad": None, "layout": "contiguous", "grad_layout": "contiguous"}
+    return {**case, **row, "master": master, "rounding": rounding}
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return "-".join(str(value).removeprefix("torch.") for value in row.values())
+
+
+@pytest.mark.parametrize("row", pairwise(**STORED, **LAID), ids=name_of)
+def test_same_bits_as_the_reference(row: dict[str, Any]) -> None:
+    check(case_of(row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("narrow", STORED["narrow"], ids=str)
+@pytest.mark.parametrize("state", STATE_DTYPES)
+@pytest.mark.parametrize("param", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_and_format(rule: str, param: torch.dtype, state: str | None, narrow: tuple[Any, ...]) -> None:
+    if narrow != (None, "nearest") and param not in NARROW:
+        pytest.skip("only parameters of 16 bits have these")
+    check(case_of({"rule": rule, "param": param, "state": state, "narrow": narrow}))
+
+
+# --- codecs ---
+
+
+def step_both(make: Callable[[], Update]) -> tuple[Update, Update]:
+    """The same update by the kernel and by the reference."""
+    ours, theirs = make(), make()
+    TableStep()([ours])
+    Eager.step(theirs)
+    return ours, theirs
+
+
+def buffered(x: Tensor, map: DynamicMap, codes: Tensor | None = None) -> Callable[[], Update]:
+    """x quantized with `map`, or with `codes` what they mean added to the parameter: a momentum buffer of one step."""
+
+    def make() -> Update:
+        first = torch.full(x.shape, map.zero, dtype=torch.uint8) if codes is None else codes.clone()
+        state = Codes(first, torch.full((blocks(x.numel()),), 0.7), map)
+        # l2, momentum, gain, lr_grad, lr_buffer
+        scalars = (0.0, 0.0, 1.0, 0.0, 0.0) if codes is None else (0.0, 1.0, 0.0, 0.0, -1.0)
+        return Update(RULES["sgd_momentum"], torch.zeros_like(x), x, [state], scalars)
+
+    return make
+
+
+maps = pytest.mark.parametrize("map", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
+
+
+def hard_to_quantize(map: DynamicMap) -> Tensor:
+    """At and beside every magnitude and every middle of two; in each block also 1, its scale."""
+    exact = magnitudes(map)
+    x = torch.cat([exact, (exact[1:] + exact[:-1]) / 2])
+    x = torch.cat([x, *(torch.nextafter(x, torch.tensor(to)) for to in (0.0, 1.0)), x * (1 + 3e-6), x * (1 - 3e-6)])
+    x = torch.cat([x, -x])
+    x = torch.nn.functional.pad(x, (0, -len(x) % (BLOCK - 1))).view(-1, BLOCK - 1)
+    return torch.cat([torch.ones(len(x), 1), x], 1).flatten()
+
+
+@maps
+def test_every_code(map: DynamicMap) -> None:
+    """What each code means, and what numbers near a rounding become, for scales of any mantissa."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    ours, theirs = step_both(buffered(torch.zeros(256), map, codes))
+    assert_same_bits(ours.param, theirs.param)
+    x = hard_to_quantize(map)
+    for factor in (1.0, -1.0, 0.7, 1.3e-38, 3e38, 1e-20):
+        ours, theirs = step_both(buffered(x * factor, map))
+        for name, found in parts(ours).items():
+            assert_same_bits(found, parts(theirs)[name], f"{name} at {factor}")
+
+
+@maps
+def test_blocks_that_hold_no_numbers(map: DynamicMap) -> None:
+    """NaN or infinity costs its block and no other; a block of subnormals is zero; the last block is shorter."""
+    x = values((8 * BLOCK + 40,), 1).abs()
+    x[5], x[BLOCK + 9], x[2 * BLOCK], x[8 * BLOCK + 39] = np.nan, np.inf, -np.inf, np.nan
+    x[3 * BLOCK : 4 * BLOCK] = 1e-39
+    x[4 * BLOCK : 5 * BLOCK] = 0
+    ours, theirs = step_both(buffered(x, map))
+    for name, found in parts(ours).items():
+        assert_same_bits(found, parts(theirs)[name], name)
+    (state,) = ours.states
+    assert isinstance(state, Codes)
+    lost = [0, 1, 2, 8]
+    assert state.scale.isnan().nonzero().flatten().tolist() == lost
+    assert state.scale[3] == 0 and state.scale[4] == 0 and (state.scale[5:8] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "master"),
+    [*((torch.bfloat16, master) for master in MASTERS), (torch.float16, None), (torch.float16, "float32")],
+    ids=str,
+)
+@pytest.mark.parametrize("key", [None, Key(0x9ABCDEF0, 0xFEDCBA98)], ids=["nearest", "stochastic"])
+def test_rounding(dtype: torch.dtype, master: str | None, key: Key | None) -> None:
+    """Numbers at and beside values and middles of two, and any others, written to parameters by `p = 0 - 1 * -x`.
+
+    First, halves whose fraction is just the random number; last, NaN as GPUs have it, and numbers near the largest,
+    which would become infinity if drawn upwards.
+    """
+    drawn = random_words(key or Key(0, 0), 100, torch.device("cpu"))
+    extreme = torch.tensor([0x7FFFFFFF, -1, *[0x7F7F8001, 0x7F7FFF81] * 30], dtype=torch.int64).to(torch.int32)
+    x = torch.cat(
+        [
+            (drawn >> 8).float() * 2.0**-48,
+            hard_to_round(dtype)[:: 17 if key or master else 5],
+            any_bits(1 << 13, 5),
+            extreme.view(torch.float32),
+        ]
+    )
+
+    def make() -> Update:
+        param = torch.zeros(x.shape, dtype=dtype)
+        low = MASTERS[master]
+        beside = None if low is None else new_master(param, low)
+        return Update(RULES["sgd"], param, -x, [], (0.0, 1.0), master=beside, key=key)
+
+    ours, theirs = step_both(make)
+    for name, found in parts(ours).items():
+        assert_same_bits(found, parts(theirs)[name], name)
+
+
+@triton.jit
+def _words(index, key, out):
+    at = tl.arange(0, 8)
+    tl.store(out + at, kernel_codecs.random_words(tl.load(index + at), tl.load(key)).to(tl.int64))
+
+
+def test_random_words_of_large_tensors() -> None:
+    key, out = Key(0x9ABCDEF0, 0xFEDCBA98), torch.zeros(8, dtype=torch.int64)
+    index = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**33 + 7, 2**40, 2**45 + 3])
+    packed = torch.tensor([key.first | (key.second - 2**32) << 32])
+    _words[(1,)](index, packed, out)
+    whole = [random_words_at(key, number) for number in index.tolist()]
+    assert out.tolist() == whole
+
+
+def random_words_at(key: Key, index: int) -> int:
+    """The reference's, of one index: it counts from 0, so the key is moved by the upper half and the lower."""
+    moved = Key((key.first + (index >> 32) * 0x9E3779B9 + index) % 2**32, key.second)
+    return int(random_words(moved, 1, torch.device("cpu"))[0])
+
+
+# --- the table ---
+
+
+def test_tables_are_sent_when_something_changed() -> None:
+    """And then only what changed; new addresses are seen, also where an object is the same."""
+    case = case_of({"rule": "adam", "param": torch.bfloat16, "state": "int8", "narrow": (None, "stochastic")})
+    ours, theirs = updates(case), updates(case)
+    driver = TableStep()
+
+    def run(step: int, ours: list[Update], theirs: list[Update]) -> dict[str, Tensor]:
+        driver(ours)
+        for update in theirs:
+            Eager.step(update)
+        for update, expected in zip(ours, theirs):
+            for name, found in parts(update).items():
+                assert_same_bits(found, parts(expected)[name], name)
+        (table,) = driver._tables.values()
+        return dict(table._tensors)
+
+    def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+        return {name for name in after if after[name] is not before[name]}
+
+    both = at_step(ours, 0, case), at_step(theirs, 0, case)
+    first = run(0, *both)
+    assert moved(first, second := run(0, *both)) == set()
+    both = tuple([replace(update, grad_scale=0.5) for update in each] for each in both)
+    assert moved(second, third := run(0, *both)) == {"scalars"}
+    both = tuple([replace(update, key=Key(7, 8)) for update in each] for each in both)
+    assert moved(third, fourth := run(0, *both)) == {"table"}
+    for updates_ in both:
+        for update in updates_:
+            update.param.data = update.param.data.clone()
+    assert moved(fourth, fifth := run(0, *both)) == {"table"}
+    both = tuple(each[:-1] for each in both)
+    assert moved(fifth, run(0, *both)) == {"table", "scalars", "tiles"}
+
+
+def test_one_launch_for_each_form() -> None:
+    """Whatever the number of tensors; a tensor at an odd address or in pieces goes by another kernel."""
+    case = case_of({"rule": "adam", "param": torch.float32, "state": "float32", "narrow": (None, "nearest")})
+    many = [update for _ in range(5) for update in at_step(updates(case), 0, case)]
+    driver = TableStep()
+    driver(many)
+    assert len(driver._tables) == 1
+    others = [at_step(updates({**case, "layout": layout}), 0, case) for layout in ("unaligned", "stepped")]
+    driver([*many, *others[0], *others[1]])
+    assert {(form.aligned, form.dims) for form in driver._tables} == {(True, 0), (False, 0), (False, 2)}
+    driver([])
+    assert not driver._tables
+
+
+# --- rules ---
+
+
+def everything(p, g, m, lr, c):  # type: ignore[no-untyped-def]
+    m = -m + 0.1 * sign(g) - 2 * (1 / -m)  # noqa: F821
+    v = where(abs(g) >= 0.25, minimum(m, c), maximum(m * 3, -0.5)) / (sqrt(abs(g)) + 1e-3)  # noqa: F821
+    p = p - lr * v
+    return p, m
+
+
+def same_name() -> list[Any]:
+    def rule(p, g, lr):  # type: ignore[no-untyped-def]
+        p = p - lr * g
+        return p
+
+    first = rule_of(rule)
+
+    def rule(p, g, lr):  # type: ignore[no-untyped-def]
+        p = p + lr * g
+        return p
+
+    return [first, rule_of(rule)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_all_that_a_rule_may_say(dtype: torch.dtype) -> None:
+    def make() -> Update:
+        grad, m = (values((700,), seed, dtype=dtype, awkward=True) for seed in (1, 2))
+        return Update(rule_of(everything), values((700,), 3, dtype=dtype), grad, [m], (0.1, 0.3))
+
+    ours, theirs = step_both(make)
+    for name, found in parts(ours).items():
+        if dtype == torch.float32:
+            assert_same_bits(found, parts(theirs)[name], name)
+        else:
+            # torch's double root may be off by one unit, which a quotient and a product take on. A literal that was
+            # rounded to float32 would be off by 1e-8.
+            torch.testing.assert_close(found, parts(theirs)[name], rtol=8 * 2**-52, atol=8 * 2**-52, equal_nan=True)
+
+
+def test_rules_of_one_name() -> None:
+    results = []
+    for rule in same_name():
+        ours, theirs = step_both(lambda rule=rule: Update(rule, torch.ones(3), torch.ones(3), [], (0.5,)))
+        assert_same_bits(ours.param, theirs.param)
+        results.append(ours.param[0].item())
+    assert results == [0.5, 1.5]
+    assert len({str(rule.triton.fn.__module__) for rule in same_name()}) == 2
