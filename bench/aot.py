@@ -62,7 +62,7 @@ def target(arch: str) -> GPUTarget:
 
 def compiled(form: Form, arch: str) -> Any:
     """The kernel; its `asm` holds "ptx" and "cubin", or "amdgcn"."""
-    arguments, options = form.arguments(), form.options()
+    arguments, options = form.arguments(), form.options(amd=arch.startswith("gfx"))
     pointers = {"table": "*i64", "scalars": "*fp64", "tiles": "*i32", "tables": "*fp32"}
     signature = {**pointers, **dict.fromkeys(arguments, "constexpr")}
     constants = {(index,): arguments[name] for index, name in enumerate(signature) if name in arguments}

@@ -95,8 +95,9 @@ def _check_scale(param: Tensor, name: str, codes: Tensor, scale: Any, what: str,
             f"{scale_name!r} of {what} has shape {tuple(scale.shape)}, where blocks of {BLOCK} elements of "
             f"{tuple(param.shape)} have {expected}: codes of another block size, or sharded otherwise, cannot be read"
         )
-    if scale.dtype != torch.float32 or not local_shard(scale).is_contiguous():
-        raise TypeError(f"{scale_name!r} of {what} must be contiguous float32; it is {scale.dtype}")
+    if scale.dtype != torch.float32 or not local_shard(scale).is_contiguous() or scale.is_neg():
+        view = ", a negative view" if scale.is_neg() else ""
+        raise TypeError(f"{scale_name!r} of {what} must be contiguous float32; it is {scale.dtype}{view}")
     if getattr(param, "placements", None) != getattr(codes, "placements", None):
         raise ValueError(f"the codes {name!r} of {what} are not placed like their parameter; distribute them alike")
     if same_device and scale.device != param.device:

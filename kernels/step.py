@@ -233,9 +233,11 @@ class Form(NamedTuple):
         """The kernel's arguments from `rule` on."""
         return {**self._asdict(), "rule": self.rule.triton, "scalar_count": len(self.rule.scalars)}
 
-    def options(self) -> dict[str, object]:
+    def options(self, amd: bool) -> dict[str, object]:
         """How it is compiled. Strided tensors need 64-bit divisions, and the registers of more threads for them."""
-        return {"num_warps": 8 if self.dims else 4, "enable_fp_fusion": False}
+        options = {"num_warps": 8 if self.dims else 4, "enable_fp_fusion": False}
+        # Left to itself, NVIDIA's assembler may spill to fit more threads in; Triton knows the option for it alone.
+        return options if amd else {**options, "maxnreg": 255}
 
 
 class _Member(NamedTuple):
@@ -294,7 +296,7 @@ class _Table:
                 self._on_device("tiles", owners, torch.int32, device),
                 _tables_on(device),
                 **form.arguments(),
-                **form.options(),
+                **form.options(amd=torch.version.hip is not None),
             )
 
     def _on_device(self, name: str, values: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -58,7 +58,7 @@ SAMPLE = [
     ("adam", "float32", "sm_90"),
     ("adam", "bfloat16, int8", "sm_90"),
     ("adam", "bfloat16 split8 stochastic, int8", "sm_80"),
-    ("ademamix", "float32, int8", "sm_80"),
+    ("ademamix", "float32, int8", "sm_100"),
     ("rmsprop_centered_momentum", "float16", "sm_90"),
     ("sgd", "float64", "sm_90"),
 ]
