@@ -235,7 +235,7 @@ class Form(NamedTuple):
 
     def options(self, amd: bool) -> dict[str, object]:
         """How it is compiled. Strided tensors need 64-bit divisions, and the registers of more threads for them."""
-        options = {"num_warps": 8 if self.dims else 4, "enable_fp_fusion": False}
+        options: dict[str, object] = {"num_warps": 8 if self.dims else 4, "enable_fp_fusion": False}
         # Left to itself, NVIDIA's assembler may spill to fit more threads in; Triton knows the option for it alone.
         return options if amd else {**options, "maxnreg": 255}
 

@@ -14,7 +14,19 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import GRAD_LAYOUTS, LAYOUTS, assert_same_bits, pairwise, surroundings, values
+from configs import CONFIGS
+from helpers import (
+    GRAD_LAYOUTS,
+    LAYOUTS,
+    assert_same_bits,
+    assert_same_results,
+    make_parameters,
+    pairwise,
+    results,
+    set_grads,
+    surroundings,
+    values,
+)
 from steps import assert_near
 from test_codecs import any_bits, hard_to_round
 from torch import Tensor
@@ -416,3 +428,29 @@ def test_rules_of_one_name() -> None:
         results.append(ours.param[0].item())
     assert results == [0.5, 1.5]
     assert len({str(rule.triton.fn.__module__) for rule in same_name()}) == 2
+
+
+# --- optimizers --------------------------------------------------------------------------------------------------
+
+
+OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (torch.float32, {"state_dtype": "int8", "min_quantized_size": 100, "max_grad_norm": 1.0}),
+    (torch.bfloat16, {"state_dtype": "float32", "rounding": "stochastic", "zero_grads": True}),
+    (torch.bfloat16, {"master": "split16"}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), OPTIONS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_of_an_optimizer(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    found = []
+    for backend in ("triton", "eager"):
+        params = make_parameters(((5, 7), (), (0,), (700,)), dtype)
+        optimizer = OPTIMIZERS[name](params, **CONFIGS[name][-1], **options, backend=backend)
+        for step in range(3):
+            set_grads(params, step)
+            versions = [param._version for param in params]
+            optimizer.step()
+            assert all(param._version > version for param, version in zip(params, versions) if param.numel())
+        found.append(results(optimizer))
+    assert_same_results(*found)

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 pytest.importorskip("triton")
 
+from fusedopt.backends import BACKENDS  # noqa: E402
 from fusedopt.bench.aot import FORMATS, aot, compiled, figures, form, vector_accesses  # noqa: E402
 from fusedopt.binding import RULES, RuleError, rule_of, triton_source  # noqa: E402
 from fusedopt.kernels.step import fusedopt_step  # noqa: E402
@@ -50,6 +52,27 @@ def test_printed_rule() -> None:
         "    p = p - lr * where(m < negative(number(1, p)), divide(g, m), m)\n"
         "    return (p, m,)\n"
     )
+
+
+# --- the backend ---
+
+
+def test_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = BACKENDS["triton"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "torch sees no GPU" in str(triton.unavailable())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert triton.unavailable() == "Triton is not installed; pip install triton"
+
+
+def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton, param = BACKENDS["triton"], torch.ones(2)
+    assert "it is on cpu, and the triton backend steps tensors on a GPU" in str(triton.refuses(param))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.refuses(param) is None
+    assert "negative or conjugate view" in str(triton.refuses(torch._neg_view(param)))
+    assert "it is on meta" in str(triton.refuses(param.to("meta")))
 
 
 # --- compiled ahead of time ---
