@@ -7,6 +7,7 @@ import contextvars
 import ctypes
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -83,8 +84,9 @@ class Triton(Backend):
     summary = "one launch for all tensors stored alike, for tensors on a GPU"
 
     def unavailable(self) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed; pip install triton"
+        version = _triton_version()
+        if version is None or tuple(map(int, version.split(".")[:2])) < (3, 6):
+            return f"Triton is {'not installed' if version is None else version}; pip install 'triton>=3.6'"
         if not (torch.cuda.is_available() or _interpreted()):
             return "torch sees no GPU; on a CPU only Triton's interpreter runs it, with TRITON_INTERPRET=1 set"
         return None
@@ -98,6 +100,13 @@ class Triton(Backend):
             return "it is a negative or conjugate view, which has no memory of its own values to update"
         if _dispatches(param):
             return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
+        return None
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 
