@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint rules bench wheel sanitize neon
+.PHONY: demo test test-all lint rules bench gpu wheel sanitize neon
 
 demo: $(VENV)/native
 	$(BIN)/fusedopt demo $(DEMO_ARGS)
@@ -18,6 +18,11 @@ test-all: $(VENV)/native
 
 bench: $(VENV)/native
 	$(BIN)/fusedopt bench $(BENCH_ARGS)
+
+# With the packages that are there, and no network. GPU_WHEELS: a directory of wheels to install beside them.
+GPU_RESULTS ?= bench/results
+gpu:
+	$(PYTHON) bench/gpu.py --results $(GPU_RESULTS) $(if $(GPU_WHEELS),--wheels $(GPU_WHEELS)) $(GPU_ARGS)
 
 # mypy knows nothing of package_dir, so it reads links laid out as the package is installed.
 lint: $(VENV)/installed

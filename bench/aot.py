@@ -5,6 +5,7 @@ What it prints is read from the machine code.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 import triton
 from rich import box
 from rich.console import Console
@@ -23,10 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedopt.binding import RULES, Rule
-from fusedopt.kernels.step import Form, fusedopt_step
+from fusedopt.kernels.step import TILE, Form, fusedopt_step
 from fusedopt.optim import OPTIMIZERS
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+HEADER = ("registers", "spilled", "shared", "loads", "stores", "instructions", "an element")
+POINTERS = {"table": "*i64", "scalars": "*fp64", "control": "*fp64", "tiles": "*i32", "tables": "*fp32"}
 KINDS = {name: kind for optimizer in OPTIMIZERS.values() for name, kind in optimizer.states.items()}
 
 # By name: the storage of parameter and gradient, of states, of a master copy, and whether rounding is stochastic.
@@ -63,8 +67,7 @@ def target(arch: str) -> GPUTarget:
 def compiled(form: Form, arch: str) -> Any:
     """The kernel; its `asm` holds "ptx" and "cubin", or "amdgcn"."""
     arguments, options = form.arguments(), form.options(amd=arch.startswith("gfx"))
-    pointers = {"table": "*i64", "scalars": "*fp64", "tiles": "*i32", "tables": "*fp32"}
-    signature = {**pointers, **dict.fromkeys(arguments, "constexpr")}
+    signature = {name: POINTERS.get(name, "constexpr") for name in fusedopt_step.arg_names}
     constants = {(index,): arguments[name] for index, name in enumerate(signature) if name in arguments}
     return triton.compile(ASTSource(fusedopt_step, signature, constants), target=target(arch), options=options)
 
@@ -75,6 +78,8 @@ class Figures:
 
     registers: of a thread. spilled: bytes of memory a thread has of its own. shared: bytes of a block.
     loads, stores: by width in bits, the number of instructions that access the device's memory.
+    instructions: in all. per_element: those that a thread issues for each element of a whole tile, where no root or
+        quotient takes its slow path; of NVIDIA's GPUs, whose machine code says where it branches.
     """
 
     registers: int
@@ -83,6 +88,7 @@ class Figures:
     loads: Counter[int]
     stores: Counter[int]
     instructions: int
+    per_element: float | None
 
 
 def figures(kernel: Any) -> Figures:
@@ -105,7 +111,34 @@ def _nvidia(kernel: Any) -> Figures:
         for name in ("LDG", "STG")
     )
     instructions = len(re.findall(r"^\s+/\*\w+\*/\s+(?!NOP)", code, re.M))
-    return Figures(used["REG"], spilled, kernel.metadata.shared, loads, stores, instructions)
+    issued = _issued(code) / (TILE / (32 * kernel.metadata.num_warps))
+    return Figures(used["REG"], spilled, kernel.metadata.shared, loads, stores, instructions, issued)
+
+
+def _issued(code: str) -> int:
+    """How many instructions a thread issues from the kernel's start to its end, on the way of the widest accesses.
+
+    The first branches tell whole tiles from ragged ones. Later ones skip what is rarely needed, if they are taken.
+    """
+    lines = re.findall(r"^(?:(\.L_x_\d+):|\s+/\*\w+\*/\s+(?!NOP)(.*))$", code, re.M)
+    labels = {label: index for index, (label, _) in enumerate(lines) if label}
+
+    def way(first: tuple[bool, ...]) -> list[str]:
+        issued, at, choices = [], 0, iter(first)
+        while at < len(lines):
+            line = lines[at][1]
+            issued += [line] if line else []
+            if line.startswith("EXIT"):
+                break
+            jump = re.match(r"(@\S+ )?BRA (?:\S+ )?`\((\.L_x_\d+)\)", line)
+            taken = jump is not None and (jump[1] is None or next(choices, True))
+            at = labels[jump[2]] if jump and taken and labels[jump[2]] > at else at + 1
+        return issued
+
+    def rank(issued: list[str]) -> tuple[int, int]:
+        return sum(bool(re.search(r"\b(?:LDG|STG)\.\S*\b128\b", line)) for line in issued), -len(issued)
+
+    return len(max(map(way, itertools.product((True, False), repeat=3)), key=rank))
 
 
 def _amd(kernel: Any) -> Figures:
@@ -118,7 +151,7 @@ def _amd(kernel: Any) -> Figures:
     )
     spilled = used["private_segment_fixed_size"] + 4 * used["vgpr_spill_count"]
     instructions = len(re.findall(r"^\t[vsbgdf]\w+", code, re.M))
-    return Figures(used["vgpr_count"], spilled, used["group_segment_fixed_size"], loads, stores, instructions)
+    return Figures(used["vgpr_count"], spilled, used["group_segment_fixed_size"], loads, stores, instructions, None)
 
 
 def vector_accesses(form: Form) -> tuple[int, int]:
@@ -131,15 +164,22 @@ def vector_accesses(form: Form) -> tuple[int, int]:
     return stores + sizes[form.grad], stores
 
 
+def here() -> tuple[str, ...]:
+    """The architecture of the GPU here; where there is none, all of `ARCHITECTURES`."""
+    if not torch.cuda.is_available():
+        return ARCHITECTURES
+    if torch.version.hip is not None:
+        return (torch.cuda.get_device_properties(0).gcnArchName.partition(":")[0],)
+    return ("sm_{}{}".format(*torch.cuda.get_device_capability()),)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--arch", "first", multiple=True, metavar="ARCH...", help=f"By default {' '.join(ARCHITECTURES)}.")
 @click.option("--rule", "rules", multiple=True, type=click.Choice(list(RULES)), help="These rules alone.")
+@click.option("--save", "file", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write Markdown.")
 @click.argument("others", nargs=-1, metavar="")
-def aot(first: tuple[str, ...], rules: tuple[str, ...], others: tuple[str, ...]) -> None:
+def aot(first: tuple[str, ...], rules: tuple[str, ...], file: Path | None, others: tuple[str, ...]) -> None:
     """Compile the kernels of every rule and format, and say what is in them. Exits 1 if one spills."""
-    table = Table("arch", "rule", "parameter, state", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
-    for name in ("registers", "spilled", "shared", "loads", "stores", "instructions"):
-        table.add_column(name, justify="right")
     cells = [
         (arch, rule, name)
         for arch in (first + others or ARCHITECTURES)
@@ -148,17 +188,43 @@ def aot(first: tuple[str, ...], rules: tuple[str, ...], others: tuple[str, ...])
         if RULES[rule].states or "int8" not in name
     ]
     errors = Console(stderr=True)
-    spills = False
-    for arch, rule, name in track(cells, "compiling", console=errors, disable=not errors.is_terminal, transient=True):
-        found = figures(compiled(form(RULES[rule], name), arch))
-        spills |= found.spilled > 0
-        sizes = map(str, (found.registers, found.spilled, found.shared))
-        accesses = _widths(found.loads), _widths(found.stores)
-        style = "red" if found.spilled else None
-        table.add_row(arch, rule, name, *sizes, *accesses, str(found.instructions), style=style)
+    shown = track(cells, "compiling", console=errors, disable=not errors.is_terminal, transient=True)
+    found = {cell: figures(compiled(form(RULES[cell[1]], cell[2]), cell[0])) for cell in shown}
+
+    table = Table("arch", "rule", "parameter, state", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
+    for name in HEADER:
+        table.add_column(name, justify="right")
+    for cell, kernel in found.items():
+        table.add_row(*cell, *_words(kernel), style="red" if kernel.spilled else None)
     console = Console()
     (console if console.is_terminal else Console(width=180)).print(table)
-    raise SystemExit(int(spills))
+    if file:
+        file.write_text(markdown(found))
+    raise SystemExit(int(any(kernel.spilled for kernel in found.values())))
+
+
+def markdown(found: dict[tuple[str, str, str], Figures]) -> str:
+    """A table for each architecture; `found` goes by architecture, rule and format."""
+    lines = [
+        "# The Triton kernels in machine code",
+        "",
+        f"Compiled ahead of time by Triton {triton.__version__}, with `python -m fusedopt.bench.aot --save FILE`. "
+        "Registers of a thread; bytes of its own memory (spilled) and of a block's shared memory; loads and stores of "
+        "the device's memory, number × width in bits; instructions in all; and those issued for an element of a whole "
+        "tile.",
+    ]
+    for arch in dict.fromkeys(arch for arch, _, _ in found):
+        lines += ["", f"## {arch}", "", "| rule | parameter, state | " + " | ".join(HEADER) + " |"]
+        lines += ["|---|---|" + "---:|" * len(HEADER)]
+        of_arch = [(rule, name, kernel) for (target, rule, name), kernel in found.items() if target == arch]
+        lines += [f"| {rule} | {name} | " + " | ".join(_words(kernel)) + " |" for rule, name, kernel in of_arch]
+    return "\n".join(lines) + "\n"
+
+
+def _words(kernel: Figures) -> list[str]:
+    sizes = kernel.registers, kernel.spilled, kernel.shared
+    each = "–" if kernel.per_element is None else f"{kernel.per_element:.0f}"
+    return [*map(str, sizes), _widths(kernel.loads), _widths(kernel.stores), str(kernel.instructions), each]
 
 
 def _widths(accesses: Counter[int]) -> str:

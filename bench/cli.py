@@ -25,6 +25,7 @@ from .providers import PROVIDERS
 
 ALL = "all"
 CHARTS = (".png", ".svg", ".pdf")
+MEMORY_SHARE = {"cpu": 0.75, "cuda": 0.9}  # of what is free; a GPU has no one else to serve
 
 
 class BenchCommand(click.Command):
@@ -144,7 +145,7 @@ Two runs side by side: fusedopt bench compare --help
     help="Whom to state speed-ups against, also another op's as in adamw:torch-fused: "
     f"first of {', '.join(DEFAULT_BASELINES)} unless given.",
 )
-@click.option("--device", default="cpu", show_default=True, callback=_device, help="cpu or cuda.")
+@click.option("--device", default="cpu", show_default=True, callback=_device, help="cpu, cuda, or cuda:1 and so on.")
 @click.option("--threads", type=click.IntRange(1), help="torch.set_num_threads.")
 @click.option(
     "--seconds",
@@ -159,12 +160,19 @@ Two runs side by side: fusedopt bench compare --help
     "--memory",
     type=click.FloatRange(0, min_open=True),
     metavar="GIB",
-    help="What a cell may use; three quarters of what is free unless given. Presets drop layers to fit.",
+    help="What a cell may use; three quarters of what is free, of a GPU's nine tenths, unless given. Presets drop "
+    "layers to fit.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the data and of the order of samples.")
 @click.option("--json", "json_file", type=_file, callback=_output, help="Write all results.")
 @click.option("--csv", "csv_file", type=_file, callback=_output, help="Write one line a row.")
 @click.option("--plot", "plot_file", type=_file, callback=_output, help=f"Write a chart: {', '.join(CHARTS)}.")
+@click.option(
+    "--save",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write DEVICE.json, its tables in DEVICE.md and a chart in DEVICE.svg into this directory, after each cell.",
+)
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @click.option("--list", "list_only", is_flag=True, help="Say what there is to measure, and do nothing.")
 def bench(
@@ -183,6 +191,7 @@ def bench(
     json_file: Path | None,
     csv_file: Path | None,
     plot_file: Path | None,
+    directory: Path | None,
     markdown: bool,
     list_only: bool,
 ) -> None:
@@ -195,7 +204,8 @@ def bench(
     within a round.
 
     On the CPU, host time is that of a step over as many tensors of one element each: what does not depend on their
-    size. On a GPU it is the time to launch a step. GB/s counts what the rule must read and write, as the provider
+    size. On a GPU it is the time to launch a step; the step itself is timed by the GPU's events, with other data in its
+    cache. GB/s counts what the rule must read and write, as the provider
     stores it. Extra memory is what a step holds at its peak beyond what was held before. State bytes are all tensors
     that the optimizer keeps; 8-bit optimizers keep float32 state for tensors of fewer than 4096 elements. A baseline
     that cannot store things as the dtype says is measured in float32: NAME@fp32.
@@ -206,11 +216,13 @@ def bench(
         return
     if threads:
         torch.set_num_threads(threads)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     options = Options(
         providers=providers,
         baselines=baselines,
         device=device,
-        memory=int(memory * 2**30) if memory else timing.available_bytes(device) * 3 // 4,
+        memory=int(memory * 2**30 if memory else timing.available_bytes(device) * MEMORY_SHARE[device.type]),
         rounds=rounds,
         seconds=seconds,
         seed=seed,
@@ -231,6 +243,8 @@ def bench(
             progress.update(task, completed=done, description=f"{op.name} · {preset.name} · {precision.name}")
             show = functools.partial(_show, progress, task, done)
             run.rows += run_cell(op, preset, precision, options, show)
+            if directory:
+                _save(run, directory, records.device_name(device))
     if markdown:
         click.echo(report.markdown(run))
     else:
@@ -264,6 +278,14 @@ def compare(before: Path, after: Path, fail_above: float | None, providers: tupl
     comparison.print_changes(found, fail_above, _console())
     if fail_above is not None and any(change.fails(fail_above) for change in found):
         raise SystemExit(1)
+
+
+def _save(run: records.Run, directory: Path, name: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    run.write_json(directory / f"{name}.json")
+    title, chart = f"# fusedopt bench: {name}\n\n", directory / f"{name}.svg"
+    link = f"![step times]({chart.name})\n\n" if write_chart(run.rows, chart) else ""
+    (directory / f"{name}.md").write_text(title + link + report.markdown(run) + "\n")
 
 
 def _show(progress: Progress, task: TaskID, done: int, part: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Sequence
 
@@ -95,6 +96,8 @@ def run_cell(
     absent = [Row(*cell, name, status="absent", note=reason) for name, reason in who.absent.items()]
     if not who.entries:
         return absent
+    if options.device.type == "cuda":
+        gc.collect()  # the last cell's tensors, which may be most of the GPU's memory
     # Beside the contenders: the data they start from, the bandwidth buffer, and what a step allocates.
     held = max(map(op.held_bytes, who.entries.values()))
     shapes, scaled = preset.fit(options.memory / (held * (len(who.entries) + 2)))

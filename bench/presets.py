@@ -73,6 +73,17 @@ PRESETS = {
             outer=((50257, 768), (1024, 768), (768,), (768,)),
         ),
         Preset(
+            "llama300",
+            "a narrow Llama: 126M elements in 300 tensors",
+            33,
+            (
+                *((512, 512), (128, 512), (128, 512), (512, 512)),
+                *((1408, 512), (1408, 512), (512, 1408)),
+                *((512,), (512,)),
+            ),
+            outer=((32_000, 512), (32_000, 512), (512,)),
+        ),
+        Preset(
             "llama1b",
             "Llama 3.2 1B: 1236M elements in 146 tensors, fewer layers where memory is short",
             16,

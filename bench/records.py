@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,8 +141,21 @@ def environment(device: torch.device) -> dict[str, str]:
         "load": " ".join(f"{load:.2f}" for load in os.getloadavg()) + " over 1, 5, 15 minutes before the run",
     }
     if device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(device)
+        facts["device"] = _gpu(device)
     return facts
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or GPU's name, for a file: nvidia-h200."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or device.type
+
+
+def _gpu(device: torch.device) -> str:
+    gpu = torch.cuda.get_device_properties(device)
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+    sizes = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.L2_cache_size / 2**20:.0f} MiB of L2"
+    return f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, {sizes}, {toolkit}"
 
 
 def _cpu_model() -> str:

@@ -20,6 +20,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 SAMPLE_SECONDS = 5e-4  # calls shorter than this are repeated within a sample, against the clock's own cost
 MIN_ROUNDS = 5
+CUDA_COPY_BYTES = 8 << 30  # the most that bandwidth is measured over: far more than any cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Spread:
 def host_sampler(call: Call, device: torch.device, before: Call | None = None) -> Sampler:
     """Seconds the calling thread spends in `call`; `before`, if given, runs untimed before each single call.
 
-    On the CPU that is the whole of the call; on a GPU it is what it takes to launch it.
+    On the CPU that is the whole of the call; on a GPU it is what it takes to launch it, while the GPU has nothing else
+    to do: the queue of launches would hold up repeated calls.
     """
-    repeats = 1 if before else _repeats(call, device)
+    repeats = 1 if before or device.type == "cuda" else _repeats(call, device)
 
     def sample() -> float:
         if before:
@@ -58,21 +60,25 @@ def host_sampler(call: Call, device: torch.device, before: Call | None = None) -
 
 
 def device_sampler(call: Call, device: torch.device, before: Call | None = None) -> Sampler:
-    """Seconds the device spends on `call`: by events on a GPU, the same as the host's time on the CPU."""
+    """Seconds the device spends on `call`: by events on a GPU, the same as the host's time on the CPU.
+
+    On a GPU `call` finds none of its data in the cache, as after a backward; and filling it with other data gives
+    the host a start, so that launching counts only where it takes longer than the work.
+    """
     if device.type == "cpu":
         return host_sampler(call, device, before)
-    repeats = 1 if before else _repeats(call, device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flushed = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
 
     def sample() -> float:
         if before:
             before()
+        flushed.zero_()
         start.record()
-        for _ in range(repeats):
-            call()
+        call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
+        return start.elapsed_time(end) / 1e3
 
     return sample
 
@@ -132,10 +138,13 @@ def interleave(
 
 
 def bandwidth_samplers(nbytes: int, device: torch.device) -> tuple[dict[str, Sampler], dict[str, int]]:
-    """Samplers of the machine's memory bandwidth over `nbytes`, and the bytes that one call of each reads and writes.
+    """Samplers of the device's memory bandwidth, and the bytes that one call of each reads and writes.
 
-    "in-place" multiplies a buffer in place; "copy" copies one half of it to the other.
+    "in-place" multiplies a buffer in place; "copy" copies one half of it to the other. On the CPU the buffer has
+    `nbytes`, since what fits in a cache is faster; a GPU's is large whatever is measured beside it.
     """
+    if device.type == "cuda":
+        nbytes = min(CUDA_COPY_BYTES, available_bytes(device) // 4)
     buffer = torch.ones(max(2, nbytes // 4), device=device)
     source, target = buffer.tensor_split(2)
     source = source[: target.numel()]

@@ -28,6 +28,12 @@ constexpr int element_size(Storage storage) {
   }
 }
 
+constexpr const char* storage_name(Storage storage) {
+  constexpr const char* names[] = {"float32",     "float64",       "bfloat16", "float16",
+                                   "int8_signed", "int8_unsigned", "low16",    "low8"};
+  return names[int(storage)];
+}
+
 // Elements read into the arithmetic type at a time: small enough for every operand of a rule to stay in L1.
 constexpr int64_t block_size = 512;
 static_assert(block_size % int8_block == 0, "a quantized block must not be cut");

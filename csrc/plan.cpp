@@ -4,18 +4,10 @@
 #include <unordered_map>
 
 #include "cpu/threads.h"
+#include "registry.h"
 
 namespace fusedopt {
 namespace {
-
-struct RuleInfo {
-  const char* name;
-  int scalars;
-};
-#define FUSEDOPT_INFO(RULE) {RULE::name, RULE::scalars},
-constexpr RuleInfo rules[] = {FUSEDOPT_RULES(FUSEDOPT_INFO)};
-
-const Kernels* selected = nullptr;
 
 struct Interned {
   PyObject* params = PyUnicode_InternFromString("params");
@@ -69,7 +61,7 @@ bool readable(PyObject* tensor, View& view) {
 
 bool is_counter(const View& view) {
   const bool real = view.dtype.code == 2 && (view.dtype.bits == 32 || view.dtype.bits == 64);
-  return view.on_cpu && real && numel(view) == 1;
+  return view.device == on_cpu && real && numel(view) == 1;
 }
 
 // The trees of all gradients, those of one after those of another.
@@ -115,25 +107,9 @@ float norm(const std::vector<Squares>& all, int threads) {
   return trees.norm;
 }
 
-int find_rule(const std::string& name) {
-  for (size_t i = 0; i < std::size(rules); ++i)
-    if (name == rules[i].name) return int(i);
-  return -1;
-}
-
-const Kernels* kernels() { return selected ? selected : available_kernels()[0]; }
-
-bool use_kernels(const std::string& name) {
-  for (auto* known = available_kernels(); *known; ++known)
-    if (name == (*known)->name) {
-      selected = *known;
-      return true;
-    }
-  return false;
-}
-
-Plan::Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* fresh)
-    : specs_(std::move(specs)) {
+Plan::Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* fresh, PyObject* others,
+           bool for_gpu)
+    : for_gpu_(for_gpu), specs_(std::move(specs)) {
   for (size_t index = 0; index < specs_.size(); ++index) {
     PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups, index), interned().params);
     if (!params || !PyList_Check(params)) {
@@ -147,9 +123,11 @@ Plan::Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyOb
       entry.group = int(index);
       entry.number = specs_[index].first_parameter + uint64_t(i);
       entry.distributed = PyObject_HasAttr(entry.param, interned().local);
-      const int is_fresh = PySet_Contains(fresh, entry.param);
-      if (is_fresh < 0) throw PythonError{};
+      const int is_fresh = PySet_Contains(fresh, entry.param), is_other = PySet_Contains(others, entry.param);
+      if (is_fresh < 0 || is_other < 0) throw PythonError{};
       entry.fresh = is_fresh;
+      entry.other = is_other;
+      if (entry.other) continue;
       entry.planned = plan_entry(entry, state);
     }
   }
@@ -212,8 +190,10 @@ bool Plan::plan_entry(Entry& entry, PyObject* state) {
   hint_tensor(stored);
   entry.state_hints = entry.end_hints = uint32_t(hints_.size());
   const bool has_master = spec.has_master && is_narrow;
-  if (spec.states.empty() && spec.counters.empty() && !has_master) return true;
-  return dict && plan_state(entry, dict, order, has_master);
+  const bool has_state = !spec.states.empty() || !spec.counters.empty() || has_master;
+  if (has_state && !(dict && plan_state(entry, dict, order, has_master))) return false;
+  if (for_gpu_) plan_launch(entry, order);
+  return true;
 }
 
 // Whether elements are walked in row-major order, which blocks of codes and random numbers go by.
@@ -351,6 +331,7 @@ bool Plan::refresh(PyObject* state, PyObject* groups) {
 }
 
 bool Plan::refresh_tensors(Entry& entry) {
+  if (entry.other) return true;
   PyObject* grad = keep(PyObject_GetAttr(entry.param, interned().grad));
   entry.active = grad != Py_None;
   if (!entry.active) return true;
@@ -404,6 +385,7 @@ bool Plan::refresh_state(Entry& entry, PyObject* dict) {
 }
 
 void Plan::find_scalars(Entry& entry) {
+  if (specs_[size_t(entry.group)].captured) return;
   double counters[max_counters];
   size_t count = specs_[size_t(entry.group)].counters.size();
   for (size_t i = 0; i < count; ++i) counters[i] = entry.counters[i].read();
@@ -433,32 +415,46 @@ void Plan::compute_scalars(PyObject* function) {
       PyTuple_SET_ITEM(arguments, Py_ssize_t(i + 1), PyFloat_FromDouble(scalars.counters[i]));
     PyObject* result = keep(PyObject_CallObject(function, arguments));
     numbers(PyTuple_GET_ITEM(result, 0), scalars.values);
-    const RuleInfo& rule = rules[specs_[size_t(scalars.group)].rule];
-    if (scalars.values.size() != size_t(rule.scalars)) {
-      PyErr_Format(PyExc_RuntimeError, "the native module's rule %s is not this version's; rebuild it", rule.name);
+    if (scalars.values.size() != size_t(specs_[size_t(scalars.group)].scalars)) {
+      PyErr_SetString(PyExc_RuntimeError, "a rule got another number of scalars than it was planned with");
       throw PythonError{};
     }
     numbers(PyTuple_GET_ITEM(result, 1), scalars.advanced);
   }
 }
 
-Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale,
-                  const Draws& draws, std::optional<double> max_grad_norm, bool zero_grads) {
+bool Plan::begin(PyObject* state, PyObject* groups, PyObject* scalars) {
   if (running_) {
     PyErr_SetString(PyExc_RuntimeError, "this optimizer's step is already running, in another thread or in its scalars");
     throw PythonError{};
   }
-  struct Running {
-    Plan& plan;
-    explicit Running(Plan& p) : plan(p) { plan.running_ = true; }
-    ~Running() {
-      plan.kept_.clear();
-      plan.running_ = false;
+  running_ = true;
+  try {
+    scalars_.clear();
+    if (refresh(state, groups)) {
+      compute_scalars(scalars);
+      return true;
     }
-  } running(*this);
-  scalars_.clear();
-  if (!refresh(state, groups)) return nullptr;
-  compute_scalars(scalars);
+  } catch (...) {
+    end();
+    throw;
+  }
+  end();
+  return false;
+}
+
+void Plan::end() {
+  kept_.clear();
+  running_ = false;
+}
+
+Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale,
+                  const Draws& draws, std::optional<double> max_grad_norm, bool zero_grads) {
+  if (!begin(state, groups, scalars)) return nullptr;
+  struct Ending {
+    Plan& plan;
+    ~Ending() { plan.end(); }
+  } ending{*this};
   Object list = stepped();
   if (max_grad_norm) {
     std::vector<Squares> all;
@@ -472,6 +468,7 @@ Object Plan::step(PyObject* state, PyObject* groups, PyObject* scalars, int thre
     grad_scale *= clip_coefficient(grad_norm_, *max_grad_norm);
   }
   run(threads, grad_scale, draws, zero_grads);
+  count();
   return list;
 }
 
@@ -503,8 +500,7 @@ void Plan::run(int threads, double grad_scale, const Draws& draws, bool zero_gra
       const auto [seed, step] = draws[size_t(entry.group)];
       entry.update.key = rounding_key(seed, step, entry.number);
     }
-    const auto* table = entry.is_double ? kernels()->in_float64 : kernels()->in_float32;
-    work.updates.emplace_back(&entry.update, table[spec.rule]);
+    work.updates.emplace_back(&entry.update, update_kernel(spec.rule, entry.is_double));
     work.first.push_back(work.total);
     work.total += entry.update.numel;
   }
@@ -526,9 +522,11 @@ void Plan::run(int threads, double grad_scale, const Draws& draws, bool zero_gra
   const int team = int(std::min<int64_t>(threads, useful));
   parallel(team, team > 1 ? team * shares_per_thread : 1, task, &work);
   Py_END_ALLOW_THREADS;
+}
 
+void Plan::count() {
   for (Entry& entry : entries_) {
-    if (!entry.active) continue;
+    if (!entry.active || specs_[size_t(entry.group)].captured) continue;
     const std::vector<double>& advanced = scalars_[size_t(entry.scalars)].advanced;
     for (size_t i = 0; i < specs_[size_t(entry.group)].counters.size(); ++i) entry.counters[i].write(advanced[i]);
     entry.fresh = false;

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "launch.h"
 #include "norm.h"
 #include "tensor.h"
 
@@ -22,7 +23,8 @@ constexpr int max_counters = 2;
 
 // What the entries of one parameter group share.
 struct GroupSpec {
-  int rule;
+  int rule;     // of registry.h; of a rule without a CPU kernel, negative
+  int scalars;  // the rule's
   bool maximize;
   std::vector<std::string> states;    // the rule's, in order
   std::vector<bool> is_signed;        // of each state: the map of its codes, where it is quantized
@@ -30,20 +32,14 @@ struct GroupSpec {
   bool has_master;                    // parameters of 16 bits have a master copy, "master" in their state
   bool stochastic;                    // they are rounded stochastically
   uint64_t first_parameter;           // the number of the group's first, for the keys of random numbers
+  bool captured;                      // scalars are computed on the device, and it has no counters here
 };
 
 // What stochastic rounding draws from, for each group.
 using Draws = std::vector<std::pair<uint64_t, uint64_t>>;  // seed, step
 
-// The order of FUSEDOPT_RULES.
-int find_rule(const std::string& name);  // -1 where there is none
-
 // The norm of all these gradients together.
 float norm(const std::vector<Squares>& all, int threads);
-
-// The kernels in use: the machine's best unless another was asked for.
-const Kernels* kernels();
-bool use_kernels(const std::string& name);
 
 // Python's exception is set.
 struct PythonError {};
@@ -51,14 +47,25 @@ struct PythonError {};
 class Plan {
  public:
   // `state` is the optimizer's dict parameter -> dict, `groups` its param_groups. Parameters in `fresh` are at their
-  // first step. Parameters without a gradient or without state take no part until there is a new plan.
-  Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* fresh);
+  // first step. Parameters without a gradient or without state take no part until there is a new plan, those in
+  // `others` never. A plan `for_gpu` does not run steps itself but fills the tables of launches.
+  Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* fresh, PyObject* others, bool for_gpu);
 
   // One step. `scalars(group, *counters)` returns the rule's scalars and the advanced counters, and is called once
   // for each distinct combination. Returns a new list of the parameters that were stepped, or a null pointer where the
   // plan no longer fits; nothing has changed then.
   Object step(PyObject* state, PyObject* groups, PyObject* scalars, int threads, double grad_scale,
               const Draws& draws, std::optional<double> max_grad_norm, bool zero_grads);
+
+  // One step on GPUs: `prepare` fills `launches`, and where `clips` also `norm_launches`; false where the plan no longer
+  // fits. Once they are queued `finish` counts the step, if it is `done`, and returns the list of parameters.
+  bool prepare(PyObject* state, PyObject* groups, PyObject* scalars, double grad_scale, const Draws& draws, bool clips,
+               bool zero_grads);
+  Object finish(bool done);
+  const Launches& launches() const { return launches_; }
+
+  // None where the gradients of several devices, or such as do not lie in one piece, would be needed.
+  const std::optional<std::vector<NormLaunch>>& norm_launches() const { return norm_launches_; }
 
   // Of the last step's gradients, where `max_grad_norm` was given.
   float grad_norm() const { return grad_norm_; }
@@ -89,6 +96,7 @@ class Plan {
     PyObject* param;  // borrowed from the group's list, which is compared before it is used
     int group;
     int scalars = 0;            // index into scalars_
+    bool other = false;         // another plan steps it
     bool distributed;           // a DTensor: its local shard is stepped
     bool planned = false;       // has gradient and state
     bool active = false;        // takes part in this step
@@ -98,8 +106,11 @@ class Plan {
     uint64_t number;            // of the parameter, for the keys of random numbers
     Update update;
     Squares squares;
-    const Form *param_form, *grad_form, *state_form[max_states], *scale_form[max_states], *master_form;
+    const Form *param_form, *grad_form, *state_form[max_states], *scale_form[max_states], *master_form = nullptr;
     const Keys* keys = nullptr;
+    // Of a plan for GPUs.
+    LaunchForm form;
+    std::vector<int64_t> walk;
     Counter counters[max_counters];
     // Ranges of hints_: what refresh_tensors and refresh_state will touch.
     uint32_t tensor_hints = 0, state_hints = 0, end_hints = 0;
@@ -114,20 +125,27 @@ class Plan {
   bool plan_state(Entry& entry, PyObject* dict, const std::vector<int>& order, bool has_master);
   std::pair<Kind, int> kind_of(PyObject* key, const GroupSpec& spec, bool has_master) const;
   bool is_ordered(const Entry& entry, PyObject* dict) const;
+  void plan_launch(Entry& entry, const std::vector<int>& order);
   const Form* plan_form(PyObject* tensor, const std::vector<int>& order, Operand& operand);
   bool refresh(PyObject* state, PyObject* groups);
   bool refresh_state(Entry& entry, PyObject* dict);
   bool refresh_tensors(Entry& entry);
   void hint(const void* address, int lines);
   void hint_tensor(PyObject* tensor);
+  bool begin(PyObject* state, PyObject* groups, PyObject* scalars);
+  void end();
   void find_scalars(Entry& entry);
   void compute_scalars(PyObject* function);
   void run(int threads, double grad_scale, const Draws& draws, bool zero_grads);
+  void fill_launches(double grad_scale, const Draws& draws, bool zero_grads);
+  void fill_norm_launches();
+  void count();
   Object stepped() const;
   PyObject* local(const Entry& entry, PyObject* tensor);
   PyObject* resolved(PyObject* grad);
   PyObject* keep(PyObject* owned);
 
+  const bool for_gpu_;
   bool running_ = false, left_grads_ = false;
   float grad_norm_ = 0;
   std::vector<GroupSpec> specs_;
@@ -141,6 +159,8 @@ class Plan {
   std::vector<const void*> hints_;
   std::vector<int> state_order_;       // entry of each key of the optimizer's state, or -1
   std::vector<Scalars> scalars_;       // of this step
+  Launches launches_;
+  std::optional<std::vector<NormLaunch>> norm_launches_;
   std::vector<Object> kept_;           // during a step: gradients, and tensors that another thread might drop
 };
 

@@ -7,7 +7,9 @@
 namespace fusedopt {
 namespace {
 
-constexpr int cpu_device = 1, code_int = 0, code_uint = 1, code_float = 2, code_bfloat = 4, code_complex = 5;
+// Kinds of devices (ROCm counts as CUDA in torch) and of numbers in DLPack.
+constexpr int kind_cpu = 1, kind_cuda = 2, kind_rocm = 10;
+constexpr int code_int = 0, code_uint = 1, code_float = 2, code_bfloat = 4, code_complex = 5;
 
 struct ExchangeApi {
   uint32_t major, minor;
@@ -27,7 +29,8 @@ bool describe_by_exchange(PyObject* tensor, View& view) {
   view.data = static_cast<char*>(raw.data) + raw.byte_offset;
   view.ndim = raw.ndim;
   view.dtype = raw.dtype;
-  view.on_cpu = raw.device.type == cpu_device;
+  const bool on_gpu = raw.device.type == kind_cuda || raw.device.type == kind_rocm;
+  view.device = raw.device.type == kind_cpu ? on_cpu : on_gpu ? raw.device.id : elsewhere;
   view.shape = raw.shape;
   view.strides = raw.strides;
   return true;
@@ -57,8 +60,10 @@ bool describe_by_methods(PyObject* tensor, View& view) {
   const Object shape(PyObject_GetAttrString(tensor, "shape"));
   const Object strides(PyObject_CallMethod(tensor, "stride", nullptr));
   const Object dtype(PyObject_GetAttrString(tensor, "dtype"));
-  const Object on_cpu(PyObject_GetAttrString(tensor, "is_cpu"));
-  if (!address || !shape || !strides || !dtype || !on_cpu) return false;
+  const Object is_cpu(PyObject_GetAttrString(tensor, "is_cpu"));
+  const Object is_cuda(PyObject_GetAttrString(tensor, "is_cuda"));
+  const Object number(PyObject_CallMethod(tensor, "get_device", nullptr));
+  if (!address || !shape || !strides || !dtype || !is_cpu || !is_cuda || !number) return false;
   const Object name(PyObject_Str(dtype.get()));
   const char* text = name ? PyUnicode_AsUTF8(name.get()) : nullptr;
   if (!text) return false;
@@ -71,7 +76,8 @@ bool describe_by_methods(PyObject* tensor, View& view) {
   }
   view.data = static_cast<char*>(PyLong_AsVoidPtr(address.get()));
   view.ndim = int(PyTuple_GET_SIZE(shape.get()));
-  view.on_cpu = on_cpu.get() == Py_True;
+  const bool on_gpu = is_cuda.get() == Py_True;
+  view.device = is_cpu.get() == Py_True ? on_cpu : on_gpu ? int(PyLong_AsLong(number.get())) : elsewhere;
   if (view.ndim > max_dims) {
     PyErr_Format(PyExc_ValueError, "a tensor of %d dimensions; the native backend takes up to %d", view.ndim, max_dims);
     return false;
@@ -125,9 +131,11 @@ std::vector<int> walking_order(const View& view) {
 Form::Form(const View& view, const std::vector<int>& order)
     : storage_(storage_of(view.dtype)),
       dtype_(view.dtype),
+      device_(view.device),
+      complex_(fusedopt::is_complex(view)),
       shape_(view.shape, view.shape + view.ndim),
       strides_(view.strides, view.strides + view.ndim) {
-  const int64_t parts = is_complex(view) ? 2 : 1;
+  const int64_t parts = complex_ ? 2 : 1;
   auto layout = std::make_unique<Layout>();
   const auto append = [&layout](int64_t size, int64_t stride) {
     if (size == 1) return;
@@ -154,7 +162,7 @@ bool Form::lies_like(const Form& other) const {
 }
 
 bool Form::fits(const View& view) const {
-  return view.on_cpu && view.dtype == dtype_ && size_t(view.ndim) == shape_.size() &&
+  return view.device == device_ && view.dtype == dtype_ && size_t(view.ndim) == shape_.size() &&
          std::equal(shape_.begin(), shape_.end(), view.shape) &&
          std::equal(strides_.begin(), strides_.end(), view.strides);
 }

@@ -38,6 +38,8 @@ struct Release {
 };
 using Object = std::unique_ptr<PyObject, Release>;
 
+constexpr int on_cpu = -1, elsewhere = -2;
+
 // A tensor as it is now: valid until Python code runs. Not copied, for it may point into itself.
 struct View {
   View() = default;
@@ -45,7 +47,7 @@ struct View {
   char* data;
   int ndim;
   DLDataType dtype;
-  bool on_cpu;
+  int device;  // the number of a GPU, or one of the two below
   const int64_t *shape, *strides;
   int64_t own[2 * max_dims];  // shape and strides, where torch does not lend its own
 };
@@ -69,10 +71,16 @@ class Form {
   bool lies_like(const Form& other) const;
   Storage storage() const { return storage_; }
   const Layout* layout() const { return layout_.get(); }
+  int device() const { return device_; }
+  bool is_complex() const { return complex_; }
+  const std::vector<int64_t>& shape() const { return shape_; }
+  const std::vector<int64_t>& strides() const { return strides_; }
 
  private:
   Storage storage_;
   DLDataType dtype_;
+  int device_;
+  bool complex_;
   std::vector<int64_t> shape_, strides_;
   std::unique_ptr<Layout> layout_;  // none where the tensor is contiguous in walking order
 };

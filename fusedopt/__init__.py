@@ -6,6 +6,7 @@ from ._embedding import StableEmbedding
 from ._swap import swap
 from ._version import __version__
 from .backends import explain, use_backend
+from .binding import rule_of
 from .optim import (
     SGD,
     Adagrad,
@@ -51,6 +52,7 @@ __all__ = [
     "clip_grad_norm_",
     "explain",
     "optim",
+    "rule_of",
     "swap",
     "use_backend",
 ]

@@ -10,18 +10,40 @@ import torch
 from torch import Tensor
 
 from ._state import local_shard, scale_shape
+from .backends import Backend, Gpu
 from .codecs import BLOCK, MASTERS, ROUNDINGS, SCALE_SUFFIX, STATE_DTYPES, STORAGE_DTYPES
 
 NOT_DIFFERENTIABLE = (
     "differentiable=True: a fused step is not recorded by autograd; use torch.optim for a differentiable step, "
     "or leave differentiable=False"
 )
-NOT_CAPTURABLE = (
-    "capturable=True: no backend here can be captured in a graph; set capturable=False, "
-    "or use torch.optim where the step must be captured"
-)
+
+
+def not_capturable(optimizer: str) -> str:
+    return (
+        f"a step of {optimizer} is captured in a CUDA graph, but a group has no capturable=True: replays would not "
+        "count steps; pass capturable=True to the optimizer"
+    )
+
 
 _PARAM_DTYPES = (*STORAGE_DTYPES, torch.complex64, torch.complex128)
+
+
+def check_states(optimizer: str, states: Mapping[str, str], counters: Iterable[str]) -> None:
+    """Raises TypeError where a class's states cannot be what they are declared as."""
+    taken = {"master", *counters, *(name + SCALE_SUFFIX for name in states)}
+    for name, kind in states.items():
+        if kind not in ("signed", "unsigned"):
+            raise TypeError(f"{optimizer}.states[{name!r}] must be 'signed' or 'unsigned', got {kind!r}")
+        if name in taken:
+            raise TypeError(f"{optimizer}.states has {name!r}, which names something else in a state; rename it")
+
+
+def check_rule(optimizer: str, rule: str, states: Iterable[str], declared: Iterable[str]) -> None:
+    """Raises TypeError where a rule has a state that its class does not declare."""
+    missing = [name for name in states if name not in declared]
+    if missing:
+        raise TypeError(f"{optimizer}.states does not declare {missing[0]!r}, a state of its rule {rule!r}")
 
 
 def check_param(param: Tensor, local: Tensor, what: str) -> None:
@@ -30,6 +52,20 @@ def check_param(param: Tensor, local: Tensor, what: str) -> None:
         known = ", ".join(str(dtype) for dtype in _PARAM_DTYPES)
         raise TypeError(f"{what} is {param.dtype}; fusedopt updates {known}")
     _check_memory(local, what)
+
+
+def check_capturable(backend: Backend, group: Mapping[str, Any], what: str) -> None:
+    """Raises RuntimeError where a step of the parameter cannot be captured in a CUDA graph."""
+    if not (isinstance(backend, Gpu) and backend.plans):
+        raise RuntimeError(
+            f"capturable=True: the {backend.name} backend, which steps {what}, cannot be captured in a CUDA graph; "
+            "set capturable=False, or have the parameters on a GPU and fusedopt's native module built"
+        )
+    if group["rounding"] == "stochastic":
+        raise RuntimeError(
+            "capturable=True: replays of a CUDA graph would round with the same random numbers at every step; "
+            'set capturable=False, or rounding="nearest"'
+        )
 
 
 def check_grad(param: Tensor, grad: Tensor, optimizer: str, what: str) -> None:

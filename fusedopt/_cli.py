@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 from ._version import __version__
@@ -40,13 +41,7 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         entry = COMMANDS[cmd_name]
-        try:
-            return getattr(importlib.import_module(entry.module), entry.name)
-        except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
-            if missing not in ("matplotlib", "rich"):
-                raise
-            raise click.ClickException(f"fusedopt {cmd_name} needs {missing}: {EXTRA}") from None
+        return getattr(_imported(entry.module, cmd_name), entry.name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -59,11 +54,33 @@ def main() -> None:
     """Faster, smaller training steps for PyTorch, with torch's results."""
 
 
+def _imported(module: str, command: str) -> ModuleType:
+    """The module, or what to install for `command` to have it."""
+    packages = {"matplotlib": EXTRA, "rich": EXTRA, "triton": "pip install triton"}
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in packages:
+            raise
+        raise click.ClickException(f"fusedopt {command} needs {missing}: {packages[missing]}") from None
+
+
 @click.command(help=COMMANDS["explain"].help)
-def explain() -> None:
+@click.option(
+    "--compile",
+    "compiles",
+    is_flag=True,
+    help="Also compile the Triton kernels for the GPU here, without one for several, and show what is in them.",
+)
+@click.pass_context
+def explain(ctx: click.Context, compiles: bool) -> None:
     import fusedopt
 
     click.echo(fusedopt.explain())
+    if compiles:
+        aot = _imported("fusedopt.bench.aot", "explain --compile")
+        ctx.invoke(aot.aot, first=aot.here())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ._gpu import neutral_control
 from .backends import BACKENDS, native
 from .codecs import decode
 
@@ -14,7 +15,7 @@ TREE = 1024
 """Squares are summed so many at a time by halves, a tensor padded with zeros; and so are the sums. csrc/norm.h."""
 
 
-def grad_norm(grads: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+def grad_norm(grads: Sequence[Tensor], scale: float | Tensor = 1.0) -> Tensor:
     """The 2-norm of all these tensors together, each element multiplied by `scale` first: zero-dimensional float32.
 
     Elements are taken in the order in which they lie in memory. The reference of every backend's.
@@ -31,6 +32,15 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
     """What gradients of this norm are multiplied by to have at most `max_norm`, as torch has it."""
     coefficient = max_norm / (norm + 1e-6)
     return 1.0 if coefficient >= 1 else coefficient  # NaN stays NaN
+
+
+def clipped(grads: Sequence[Tensor], control: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The norm of gradients, and `control` with clipping in it, by torch; without a synchronization."""
+    device = control.device
+    norm = grad_norm([grad.to(device, non_blocking=True) for grad in grads], control[0].float())
+    coefficient = max_norm / (norm.double() + 1e-6)
+    coefficient = torch.where(coefficient >= 1, torch.ones_like(coefficient), coefficient)
+    return norm, torch.stack([control[0] * coefficient, control[1]])
 
 
 def _in_memory_order(grad: Tensor) -> Tensor:
@@ -86,20 +96,20 @@ def clip_grad_norm_(
     if all(grad.device.type == "cpu" for grad in grads) and BACKENDS["cpu"].unavailable() is None:
         resolved = [grad.resolve_conj().resolve_neg() for grad in grads]
         norm = torch.tensor(native().norm(resolved, torch.get_num_threads()))
+        coefficient = torch.tensor(clip_coefficient(float(norm), max_norm), dtype=torch.float64)
     else:
         device = grads[0].device if grads else torch.device("cpu")
-        norm = grad_norm([grad.to(device) for grad in grads])
-    value = float(norm)
-    if error_if_nonfinite and not value < torch.inf:
+        norm, (coefficient, _) = clipped(grads, neutral_control(device), max_norm)
+    # On a GPU this alone would wait for it.
+    if error_if_nonfinite and not float(norm) < torch.inf:
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
             "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
             "`error_if_nonfinite=False`"
         )
-    coefficient = clip_coefficient(value, max_norm)
-    if coefficient != 1:
+    if coefficient.is_cuda or coefficient != 1:
         for grad in grads:
-            grad.mul_(coefficient)
+            grad.mul_(coefficient.to(grad.device, non_blocking=True))
     return norm
 
 

@@ -355,9 +355,7 @@ def _from_torchao(name: str, value: Any, kind: str, param: Tensor, what: str) ->
     return result
 
 
-def _check(
-    tensor: Any, shape: tuple[int, ...], what: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-) -> None:
+def _check(tensor: Any, shape: tuple[int, ...], what: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes or tensor.shape != shape:
         given = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
         known = " or ".join(map(str, dtypes))

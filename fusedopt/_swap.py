@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from . import _checks, _foreign
 from ._state import converted, converted_master, dtype_of, local_shard, master_dtype
-from .backends import check_backend
+from .backends import check_backend, choose, requested_backend
 from .codecs import SCALE_SUFFIX
 from .optim import OPTIMIZERS
 from .optimizer import GROUP_OPTIONS, OPTIONS, Optimizer, Options, parameter_names
@@ -113,14 +113,14 @@ def _options_of(group: dict[str, Any]) -> dict[str, Any]:
 
 def _check_group(states: Any, new: type[Optimizer], group: dict[str, Any], index: int) -> None:
     """Check that the group can be stepped, with its options."""
-    if group.get("capturable"):
-        raise RuntimeError(_checks.NOT_CAPTURABLE)
     if group.get("differentiable"):
         raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
     _checks.check_options(group)
     for param, what in zip(group["params"], parameter_names(group, index)):
         _checks.check_param(param, local_shard(param), what)
         _checks.check_master(param, group["master"], what)
+        if group.get("capturable"):
+            _checks.check_capturable(choose(local_shard(param), requested_backend(), what), group, what)
         state = states.get(param, {})
         _checks.check_state(param, state, new.states, what, same_device=False)
         if master_dtype(param, group):

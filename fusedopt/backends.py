@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .binding import Rule
+from ._gpu import Driver
+from .binding import RULES, Rule
 from .codecs import STORAGE_DTYPES, Key, State, decode, decode_parameter, encode, encode_parameter
 
 
@@ -41,13 +43,19 @@ class Backend:
 
     name: str
     summary: str
+    plans = False
+    """Whether the native module plans its steps."""
 
     def unavailable(self) -> str | None:
         """None when it can run here, else the reason and the remedy."""
         raise NotImplementedError
 
-    def refuses(self, param: Tensor) -> str | None:
-        """None when it can step this parameter, else the reason."""
+    def refuses(self, param: Tensor, rule: Rule | None = None) -> str | None:
+        """None when it can step this parameter by `rule`, or by any of `RULES`, else the reason."""
+        raise NotImplementedError
+
+    def rule_number(self, rule: Rule) -> int:
+        """What the native module knows the rule by."""
         raise NotImplementedError
 
 
@@ -56,6 +64,7 @@ class Cpu(Backend):
 
     name = "cpu"
     summary = "native SIMD and threads, for tensors on the CPU"
+    plans = True
 
     def unavailable(self) -> str | None:
         try:
@@ -67,18 +76,46 @@ class Cpu(Backend):
             )
         return None
 
-    def refuses(self, param: Tensor) -> str | None:
+    def refuses(self, param: Tensor, rule: Rule | None = None) -> str | None:
         if param.device.type != "cpu":
             return f"it is on {param.device}, and the cpu backend steps tensors on the CPU"
         if param.is_neg() or param.is_conj():
             return "it is a negative or conjugate view, which has no memory of its own values to update"
         if _dispatches(param):
             return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
-        return None
+        return None if rule is None else _compile().refusal(rule)
+
+    def rule_number(self, rule: Rule) -> int:
+        number: int = _compile().rule_number(rule)
+        return number
 
 
-class Triton(Backend):
-    """Triton kernels, in one launch for all tensors stored alike: `fusedopt.kernels.step.TableStep` runs its steps."""
+class Gpu(Backend):
+    """A backend whose kernels read a table, which the native module fills."""
+
+    @property
+    def plans(self) -> bool:  # type: ignore[override]
+        return BACKENDS["cpu"].unavailable() is None
+
+    def rule_number(self, rule: Rule) -> int:
+        return native().rule_number(rule.name) if RULES.get(rule.name) is rule else _number_of(rule)
+
+    def driver(self) -> Driver:
+        """What launches its kernels, for one plan."""
+        raise NotImplementedError
+
+
+_own_rules = itertools.count(1)
+
+
+@functools.cache
+def _number_of(rule: Rule) -> int:
+    """Of a user's rule, which has no kernel in the native module."""
+    return -next(_own_rules)
+
+
+class Triton(Gpu):
+    """Triton kernels: `fusedopt.kernels`."""
 
     name = "triton"
     summary = "one launch for all tensors stored alike, for tensors on a GPU"
@@ -91,7 +128,7 @@ class Triton(Backend):
             return "torch sees no GPU; on a CPU only Triton's interpreter runs it, with TRITON_INTERPRET=1 set"
         return None
 
-    def refuses(self, param: Tensor) -> str | None:
+    def refuses(self, param: Tensor, rule: Rule | None = None) -> str | None:
         if param.device.type != ("cpu" if _interpreted() else "cuda"):
             return f"it is on {param.device}, and the triton backend steps tensors on a GPU"
         if param.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(param.device) < (8, 0):
@@ -101,6 +138,11 @@ class Triton(Backend):
         if _dispatches(param):
             return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
         return None
+
+    def driver(self) -> Driver:
+        from .kernels.driver import TritonDriver
+
+        return TritonDriver()
 
 
 def _triton_version() -> str | None:
@@ -123,7 +165,7 @@ class Eager(Backend):
     def unavailable(self) -> str | None:
         return None
 
-    def refuses(self, param: Tensor) -> str | None:
+    def refuses(self, param: Tensor, rule: Rule | None = None) -> str | None:
         return None
 
     @staticmethod
@@ -162,6 +204,11 @@ def native() -> ModuleType:
         module = importlib.import_module("fusedopt._native")
     module.use_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
     return module
+
+
+def _compile() -> ModuleType:
+    # Imported when used: it imports this module.
+    return importlib.import_module("fusedopt._compile")
 
 
 def _load(found: list[Path], directory: str) -> ModuleType:
@@ -223,19 +270,19 @@ def _from_environment() -> str | None:
     return check_backend(os.environ.get("FUSEDOPT_BACKEND") or None, "FUSEDOPT_BACKEND")
 
 
-def choose(param: Tensor, requested: str | None, what: str) -> Backend:
-    """The backend that steps `param`: the requested one, or the fastest that can.
+def choose(param: Tensor, requested: str | None, what: str, rule: Rule | None = None) -> Backend:
+    """The backend that steps `param` by `rule`, or by any of `RULES`: the requested one, or the fastest that can.
 
     Raises:
         RuntimeError: the requested backend cannot step this parameter, named `what`.
     """
     if requested is not None:
-        reason = BACKENDS[requested].refuses(param)
+        reason = BACKENDS[requested].refuses(param, rule)
         if reason:
             raise RuntimeError(f"backend={requested!r} cannot step {what}: {reason}")
         return BACKENDS[requested]
-    usable = (backend for backend in BACKENDS.values() if not backend.refuses(param) and not backend.unavailable())
-    return next(usable)
+    backends = BACKENDS.values()
+    return next(backend for backend in backends if not backend.refuses(param, rule) and not backend.unavailable())
 
 
 @dataclass(frozen=True)
@@ -275,5 +322,6 @@ def explain() -> Explanation:
     notes = (
         f"in use: {requested or 'the first that can step the parameter'}",
         f"every backend: every rule, any mix of {dtypes}; complex64, complex128; 8-bit state",
+        *_compile().refusals(),
     )
     return Explanation(tuple(rows), notes)

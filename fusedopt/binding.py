@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import functools
 import hashlib
 import inspect
@@ -47,6 +48,10 @@ class Rule:
     scalars: tuple[str, ...]
     body: tuple[ast.Assign, ...] = field(repr=False)
 
+    def __call__(self, group: Any) -> Rule:
+        """Itself, so that a class with one rule for every group may declare it as its `rule`."""
+        return self
+
     @functools.cached_property
     def reference(self) -> Callable[..., tuple[Tensor, ...]]:
         """The rule over torch tensors of one floating dtype; scalars are floats or zero-dimensional tensors."""
@@ -68,15 +73,27 @@ class Rule:
 def rule_of(function: Callable[..., Any]) -> Rule:
     """Check `function` and return it as a Rule; the same function gives the same object.
 
+    Args:
+        function: `(p, g, *states, *scalars) -> (p, *states)`, of one element: the parameter, its gradient, the states
+            it returns and the scalars that `Optimizer.scalars` gives. Its statements are `name = expression` of
+            `+ - * /`, `abs sign sqrt minimum maximum`, and `where` of a comparison.
+
     Raises:
         RuleError: the function contains a construct a rule may not use; the message has the line and the reason.
+        OSError: its source cannot be read.
     """
     return _rule_of(function)
 
 
 @functools.cache
 def _rule_of(function: types.FunctionType) -> Rule:
-    lines, first_line = inspect.getsourcelines(function)
+    try:
+        lines, first_line = inspect.getsourcelines(function)
+    except OSError as error:
+        raise OSError(
+            f"the source of rule {function.__name__!r} cannot be read ({error}): define it in a file or a notebook, "
+            "not in exec, `python -c` or standard input"
+        ) from error
     source = textwrap.dedent("".join(lines))
     tree = ast.increment_lineno(ast.parse(source), first_line - 1)
     definition = tree.body[0]
@@ -159,7 +176,9 @@ class _Checker:
                 return self.is_scalar[name]
             case ast.Constant(value=bool()):
                 raise self.refuse(node, "a boolean is not allowed")
-            case ast.Constant(value=int() | float()):
+            case ast.Constant(value=int() | float() as value):
+                if abs(value) > (2**53 if isinstance(value, int) else sys.float_info.max):
+                    raise self.refuse(node, "the number is out of range: an integer goes to 2**53, a float to 1.7e308")
                 return True
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return self.expression(operand)
@@ -247,24 +266,46 @@ namespace fusedopt {
 def cpp(rule: Rule) -> str:
     """The rule as a C++ struct, generic in the arithmetic type."""
     p, g = inspect.getfullargspec(rule.function).args[:2]
-    known = {p, g, *rule.states}
-    lines = [f"T {name} = state[{index}];" for index, name in enumerate(rule.states)]
-    lines += [f"const T {name} = scalar[{index}];" for index, name in enumerate(rule.scalars)]
-    for statement in rule.body:
+    return _struct(rule.name, p, g, rule.states, rule.scalars, rule.body)
+
+
+def numbered_cpp(rule: Rule) -> str:
+    """The rule as a C++ struct `own_rule` with numbers for names, since Python's may be keywords or macros in C++."""
+    assigned = [ast.unparse(statement.targets[0]) for statement in rule.body]
+    names = dict.fromkeys([*inspect.getfullargspec(rule.function).args, *assigned])
+    number = _Renaming({name: f"x{index}" for index, name in enumerate(names)})
+    p, g, *others = number.names.values()
+    states, scalars = others[: len(rule.states)], others[len(rule.states) :][: len(rule.scalars)]
+    return _struct("own_rule", p, g, states, scalars, [number.visit(copy.deepcopy(each)) for each in rule.body])
+
+
+class _Renaming(ast.NodeTransformer):
+    def __init__(self, names: dict[str, str]):
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        return ast.Name(self.names.get(node.id, node.id))
+
+
+def _struct(
+    struct: str, p: str, g: str, states: Sequence[str], scalars: Sequence[str], statements: Sequence[ast.Assign]
+) -> str:
+    known = {p, g, *states}
+    lines = [f"T {name} = state[{index}];" for index, name in enumerate(states)]
+    lines += [f"const T {name} = scalar[{index}];" for index, name in enumerate(scalars)]
+    for statement in statements:
         name = ast.unparse(statement.targets[0])
         lines.append(f"{'' if name in known else 'T '}{name} = {_cpp_expression(statement.value)};")
         known.add(name)
-    lines += [f"state[{index}] = {name};" for index, name in enumerate(rule.states)]
+    lines += [f"state[{index}] = {name};" for index, name in enumerate(states)]
     body = "\n".join(f"    {line}" for line in lines)
-    title = (rule.function.__doc__ or rule.name).splitlines()[0]
     # An array of length zero is not C++.
-    return f"""
-// {title}
-struct {rule.name} {{
-  static constexpr const char* name = "{rule.name}";
-  static constexpr int states = {len(rule.states)}, scalars = {len(rule.scalars)};
+    return f"""\
+struct {struct} {{
+  static constexpr const char* name = "{struct}";
+  static constexpr int states = {len(states)}, scalars = {len(scalars)};
   template <class T>
-  FUSEDOPT_INLINE static void apply(T& {p}, T {g}, T* {"state" if rule.states else ""}, const T* scalar) {{
+  FUSEDOPT_INLINE static void apply(T& {p}, T {g}, T* {"state" if states else ""}, const T* scalar) {{
 {body}
   }}
 }};
@@ -294,7 +335,8 @@ def header(all_rules: Sequence[Rule]) -> str:
     """The text of csrc/rules.h."""
     names = " ".join(f"X({rule.name})" for rule in all_rules)
     macro = "\n".join(textwrap.wrap(names, 112, initial_indent="  ", subsequent_indent="  ")).replace("\n", " \\\n")
-    structs = "".join(cpp(rule) for rule in all_rules)
+    titles = [(rule.function.__doc__ or rule.name).splitlines()[0] for rule in all_rules]
+    structs = "".join(f"\n// {title}\n{cpp(rule)}" for title, rule in zip(titles, all_rules))
     return f"{_HEADER}{structs}\n}}  // namespace fusedopt\n\n#define FUSEDOPT_RULES(X) \\\n{macro}\n"
 
 

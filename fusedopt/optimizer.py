@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import inspect
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
 
@@ -20,6 +22,8 @@ from typing_extensions import Unpack
 
 from . import _checks, _foreign
 from ._clip import check_clippable, clip_coefficient, grad_norm
+from ._gpu import is_capturing, scalar_rows
+from ._plan import CpuPlan, GpuPlan, Plan, Step, run
 from ._state import (
     Group,
     converted,
@@ -32,7 +36,7 @@ from ._state import (
     new_state,
     stored,
 )
-from .backends import Backend, Cpu, Eager, Triton, Update, check_backend, choose, native, requested_backend
+from .backends import Backend, Eager, Gpu, Update, check_backend, choose, native, requested_backend
 from .binding import Rule
 from .codecs import SCALE_SUFFIX
 
@@ -94,7 +98,7 @@ class _Entry:
     what: str  # its name, for messages
     rule: Rule
     backend: Backend
-    counters: tuple[float, ...]
+    counters: tuple[float, ...] | None  # None where they are on the device, to be captured
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -135,6 +139,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        _checks.check_states(cls.__name__, cls.states, cls.counters)
         # For help() and for frameworks that pass on what a signature names.
         signature = inspect.signature(cls.__init__)
         own = [p for name, p in signature.parameters.items() if p.kind != p.VAR_KEYWORD and name != "self"]
@@ -156,9 +161,8 @@ class Optimizer(torch.optim.Optimizer):
         self.zero_grads = options.pop("zero_grads", False)
         self.grad_norm = None
         _checks.check_max_grad_norm(self.max_grad_norm)
-        self._plan: Any = None
+        self._plan: list[Plan] | None = None
         self._planned: list[tuple[Any, ...]] = []
-        self._tables: dict[torch.device, Any] = {}
         super().__init__(params, {**defaults, **self.group_options, **options})
         if defaults.get("fused"):
             # As torch: GradScaler then leaves unscaling and skipping to the step.
@@ -167,7 +171,7 @@ class Optimizer(torch.optim.Optimizer):
     # --- what a subclass declares ---
 
     def rule(self, group: Group) -> Rule:
-        """The update rule of this group's parameters."""
+        """The update rule of this group's parameters. Where all groups have one, `rule = rule_of(function)` will do."""
         raise NotImplementedError
 
     def scalars(self, group: Group, step: Number) -> dict[str, Number]:
@@ -233,9 +237,10 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         # GradScaler sets these two while it steps an optimizer that supports scaling.
         found_inf, scale = self.__dict__.get("found_inf"), self.__dict__.get("grad_scale")
-        if found_inf is not None and found_inf.item():
-            return loss
-        self._update(1.0 if scale is None else 1.0 / scale.item())
+        if all(map(self._is_captured, self.param_groups)):
+            self._update(1.0, scale, found_inf)
+        elif found_inf is None or not found_inf.item():
+            self._update(1.0 if scale is None else 1.0 / scale.item())
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -244,7 +249,9 @@ class Optimizer(torch.optim.Optimizer):
     """The norm of the last step's gradients, unscaled, zero-dimensional float32; None where they were not clipped."""
 
     @torch._disable_dynamo
-    def _update(self, grad_scale: float) -> None:
+    def _update(self, grad_scale: float, scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        if self.counters and is_capturing() and not all(map(self._is_captured, self.param_groups)):
+            raise RuntimeError(_checks.not_capturable(type(self).__name__))
         requested = self._backend or requested_backend()
         clips = self.max_grad_norm is not None
         if clips:
@@ -253,27 +260,43 @@ class Optimizer(torch.optim.Optimizer):
             (self.rule(group), requested, clips, *[group.get(option) for option in _PLANNED_OPTIONS])
             for group in self.param_groups
         ]
+        step = Step(
+            self.state,
+            self.param_groups,
+            self._scalars,
+            [(group["seed"], group.get("rounding_step", 0)) for group in self.param_groups],
+            grad_scale,
+            self.max_grad_norm,
+            self.zero_grads,
+            scale,
+            found_inf,
+            functools.partial(self._captured, self.param_groups),
+        )
         fits = self._plan is not None and form == self._planned
-        if not (fits and self._run(self._plan, self.state, self.param_groups, self._scalars, grad_scale)):
+        if not (fits and self._run(self._plan, step)):
             self._plan = None
-            self._replan(form, requested, grad_scale)
+            self._replan(form, requested, step)
         for group in self.param_groups:
             if group["rounding"] == "stochastic":
                 group["rounding_step"] = group.get("rounding_step", 0) + 1
 
-    def _run(
-        self, plan: Any, state: Any, groups: list[Group], scalars: Any, grad_scale: float, clip: bool = True
-    ) -> bool:
-        """False where the plan does not fit."""
-        draws = [(group["seed"], group.get("rounding_step", 0)) for group in groups]
-        max_norm = self.max_grad_norm if clip else None
-        threads = torch.get_num_threads()
-        stepped = plan.step(state, groups, scalars, threads, grad_scale, draws, max_norm, self.zero_grads)
-        if stepped is None:
+    def _is_captured(self, group: Group) -> bool:
+        """Whether steps count on the device. A class that counts nothing has nothing to keep there."""
+        return bool(group.get("capturable") and self.counters)
+
+    def _run(self, plans: list[Plan] | None, step: Step) -> bool:
+        """False where a plan does not fit."""
+        assert plans is not None
+        if len(plans) > 1 and step.max_norm is not None:
+            grads = [param.grad for group in step.groups for param in group["params"] if param.grad is not None]
+            step = self._clipped(grads, step)
+        result = run(plans, step)
+        if result is None:
             return False
-        if max_norm is not None:
-            self.grad_norm = torch.tensor(plan.grad_norm)
-        if plan.left_grads:
+        stepped, norm, left_grads = result
+        if norm is not None:
+            self.grad_norm = norm
+        if left_grads:
             _zero_grads(stepped)
         # So that autograd refuses a backward through values saved before the step, as after any update in place.
         increment_version(stepped)
@@ -284,112 +307,166 @@ class Optimizer(torch.optim.Optimizer):
         group = _without_tensors(self.param_groups[index])
         advanced = self.advance(group, *counters)
         named = self.scalars(group, *advanced)
-        values = tuple([float(named[name]) for name in self.rule(group).scalars])
+        try:
+            values = tuple([float(named[name]) for name in self.rule(group).scalars])
+        except KeyError as error:
+            raise TypeError(f"{type(self).__name__}.scalars does not return {error}, a scalar of its rule") from None
         if any(map(math.isnan, values)):
             raise ValueError(_checks.nan_hyperparameter(group, index))
         return values, advanced
 
-    def _replan(self, form: list[tuple[Any, ...]], requested: str | None, grad_scale: float) -> None:
+    def _replan(self, form: list[tuple[Any, ...]], requested: str | None, step: Step) -> None:
         """A step from scratch: check everything, then create missing state, then plan and run."""
         entries = list(self._entries(requested))
         if not entries:
             return
         for index, counters in {(entry.group, entry.counters) for entry in entries}:
-            self._scalars(index, *counters)  # raises, while nothing has changed, where a hyperparameter is not valid
+            if counters is not None:
+                self._scalars(
+                    index, *counters
+                )  # raises, while nothing has changed, where a hyperparameter is not valid
         for entry in entries:
             self._init_state(entry.param, self.param_groups[entry.group])
         if self.max_grad_norm is None:
             self.grad_norm = None
         repeated = len({entry.param for entry in entries}) < len(entries)
-        if repeated:
-            # torch warns of a parameter that is in a group twice, and steps it twice.
-            grad_scale = self._clipped(entries, grad_scale)
-            seen = set()
-            for entry in entries:
-                if entry.param in seen:
-                    entry.counters = self._count(self.state.get(entry.param, {}), entry.rule, entry.what)
-                seen.add(entry.param)
-                self._run_once([entry], grad_scale)
-        elif all(isinstance(entry.backend, Cpu) for entry in entries) and self._is_plannable():
-            sizes = [len(group["params"]) for group in self.param_groups]
-            firsts = [sum(sizes[:index]) for index in range(len(sizes))]
-            self._plan = self._make_plan(self.state, self.param_groups, firsts, entries)
-            self._planned = form
-            self._run_new(self._plan, self.state, self.param_groups, self._scalars, grad_scale)
-        else:
-            self._run_once(entries, self._clipped(entries, grad_scale))
+        if not repeated and self._is_plannable() and all(entry.backend.plans for entry in entries):
+            self._plan, self._planned = self._make_plans(entries), form
+            self._run_new(self._plan, step)
+            return
+        step = self._clipped([entry.param.grad for entry in entries if entry.param.grad is not None], step)
+        if not repeated:
+            self._run_once(entries, step)
+            return
+        # torch warns of a parameter that is in a group twice, and steps it twice.
+        seen = set()
+        for entry in entries:
+            if entry.param in seen and entry.counters is not None:
+                entry.counters = self._count(self.state.get(entry.param, {}), entry.rule, entry.what)
+            seen.add(entry.param)
+            self._run_once([entry], step)
 
-    def _clipped(self, entries: list[_Entry], grad_scale: float) -> float:
-        """The gradient scale with clipping in it; `grad_norm` is set."""
-        if self.max_grad_norm is None:
-            return grad_scale
-        device = entries[0].param.device
-        grads = [entry.param.grad.to(device) for entry in entries if entry.param.grad is not None]
-        self.grad_norm = grad_norm(grads, ctypes.c_float(grad_scale).value)
-        return grad_scale * clip_coefficient(float(self.grad_norm), self.max_grad_norm)
+    def _clipped(self, grads: list[Tensor], step: Step) -> Step:
+        """The step with clipping in its gradient scale; `grad_norm` is set."""
+        if step.max_norm is None:
+            return step
+        scale = step.grad_scale if step.scale is None else step.grad_scale / step.scale.item()
+        self.grad_norm = grad_norm([grad.to(grads[0].device) for grad in grads], ctypes.c_float(scale).value)
+        coefficient = clip_coefficient(float(self.grad_norm), step.max_norm)
+        return step._replace(grad_scale=step.grad_scale * coefficient, max_norm=None)
 
     def _is_plannable(self) -> bool:
         """Whether the containers are those torch makes; a plan walks them natively."""
         lists = isinstance(self.state, dict) and type(self.param_groups) is list
         return lists and all(type(group["params"]) is list for group in self.param_groups)
 
-    def _run_once(self, entries: list[_Entry], grad_scale: float) -> None:
+    def _run_once(self, entries: list[_Entry], step: Step) -> None:
         """A step of these parameters alone, each on its own backend."""
-        on_cpu = [entry for entry in entries if isinstance(entry.backend, Cpu)]
-        if on_cpu:
-            state = {entry.param: self.state.get(entry.param, {}) for entry in on_cpu}
+        planned = [entry for entry in entries if entry.backend.plans]
+        if planned:
             # Each parameter in a group of its own, to keep the order.
-            groups = [{**self.param_groups[entry.group], "params": [entry.param]} for entry in on_cpu]
+            groups = [{**self.param_groups[entry.group], "params": [entry.param]} for entry in planned]
 
             def scalars(index: int, *counters: float) -> Any:
-                return self._scalars(on_cpu[index].group, *counters)
+                return self._scalars(planned[index].group, *counters)
 
-            plan = self._make_plan(state, groups, [entry.number for entry in on_cpu], on_cpu)
-            self._run_new(plan, state, groups, scalars, grad_scale, False)
-        others = [entry for entry in entries if not isinstance(entry.backend, Cpu)]
-        counted = [(self._scalars(entry.group, *entry.counters), entry) for entry in others]
-        updates = [(self._update_of(entry, scalars, grad_scale), entry) for (scalars, _), entry in counted]
+            alone = step._replace(
+                state={entry.param: self.state.get(entry.param, {}) for entry in planned},
+                groups=groups,
+                scalars=scalars,
+                draws=[step.draws[entry.group] for entry in planned],
+                captured=functools.partial(self._captured, groups),
+            )
+            self._run_new(self._make_plans(planned, groups), alone)
+        others = [entry for entry in entries if not entry.backend.plans]
+        counted = [
+            (self._scalars(entry.group, *entry.counters), entry) for entry in others if entry.counters is not None
+        ]
+        updates = [(self._update_of(entry, scalars, step.grad_scale), entry) for (scalars, _), entry in counted]
         for update, entry in updates:
             if isinstance(entry.backend, Eager):
                 Eager.step(update)
-        on_triton = [update for update, entry in updates if isinstance(entry.backend, Triton)]
-        for device in {update.param.device for update in on_triton}:
-            if device not in self._tables:
-                from .kernels.step import TableStep
+        on_gpu = [update for update, entry in updates if isinstance(entry.backend, Gpu)]
+        for device in {update.param.device for update in on_gpu}:
+            from .kernels.driver import step_updates
 
-                self._tables[device] = TableStep()
-            self._tables[device]([update for update in on_triton if update.param.device == device])
+            step_updates([update for update in on_gpu if update.param.device == device])
+        if on_gpu:
+            increment_version([entry.param for _, entry in updates if isinstance(entry.backend, Gpu)])
         for (_, advanced), entry in counted:
             for name, value in zip(self.counters, advanced):
                 self.state[entry.param][name].fill_(value)
-        increment_version([entry.param for _, entry in updates if isinstance(entry.backend, Triton)])
         if self.zero_grads:
             _zero_grads([entry.param for entry in others])
 
-    def _make_plan(self, state: Any, groups: list[Group], firsts: list[int], entries: list[_Entry]) -> Any:
-        specs = [
-            native().GroupSpec(
-                rule=rule.name,
-                maximize=bool(group.get("maximize", False)),
-                states=list(rule.states),
-                is_signed=[self.states[name] == "signed" for name in rule.states],
-                counters=list(self.counters),
-                has_master=group["master"] is not None,
-                stochastic=group["rounding"] == "stochastic",
-                first_parameter=first,
-            )
-            for group, first in zip(groups, firsts, strict=True)
-            for rule in [self.rule(group)]
-        ]
-        fresh = {entry.param for entry in entries if entry.counters == (0.0,)}
-        return native().Plan(specs, state, groups, fresh)
+    def _make_plans(self, entries: list[_Entry], groups: list[Group] | None = None) -> list[Plan]:
+        """A plan for each backend among these. The CPU's is the first, since a plan for GPUs does not wait.
 
-    def _run_new(self, plan: Any, *arguments: Any) -> None:
-        if not self._run(plan, *arguments):
+        Args:
+            groups: one for each entry, in place of the optimizer's.
+        """
+        state: Any = self.state
+        if groups is None:
+            groups = self.param_groups
+            sizes = [len(group["params"]) for group in groups]
+            firsts = [sum(sizes[:index]) for index in range(len(sizes))]
+        else:
+            state = {entry.param: self.state.get(entry.param, {}) for entry in entries}
+            firsts = [entry.number for entry in entries]
+        fresh = {entry.param for entry in entries if entry.counters == (0.0,)}
+        backends = sorted({entry.backend for entry in entries}, key=lambda backend: isinstance(backend, Gpu))
+        plans: list[Plan] = []
+        for backend in backends:
+            others = {entry.param for entry in entries if entry.backend is not backend}
+            specs = [self._spec(group, first, backend) for group, first in zip(groups, firsts, strict=True)]
+            plan = native().Plan(specs, state, groups, fresh, others, isinstance(backend, Gpu))
+            if isinstance(backend, Gpu):
+                plans.append(GpuPlan(plan, backend.driver(), [self.rule(group) for group in groups]))
+            else:
+                plans.append(CpuPlan(plan))
+        return plans
+
+    def _spec(self, group: Group, first: int, backend: Backend) -> Any:
+        rule = self.rule(group)
+        captured = self._is_captured(group)
+        return native().GroupSpec(
+            rule=backend.rule_number(rule),
+            scalars=len(rule.scalars),
+            maximize=bool(group.get("maximize", False)),
+            states=list(rule.states),
+            is_signed=[self.states[name] == "signed" for name in rule.states],
+            counters=[] if captured else list(self.counters),
+            has_master=group["master"] is not None,
+            stochastic=group["rounding"] == "stochastic",
+            first_parameter=first,
+            captured=captured,
+        )
+
+    def _run_new(self, plans: list[Plan], step: Step) -> None:
+        if not self._run(plans, step):
             raise RuntimeError(
                 f"{type(self).__name__}: the native backend declined tensors that passed every check; please report "
                 "this, and use backend='eager' meanwhile"
             )
+
+    @torch.no_grad()
+    def _captured(self, groups: list[Group], numbers: Sequence[int], grad_scale: float, control: Tensor) -> Tensor:
+        """Rows of scalars for parameters, given by number, computed on their device; their counters are advanced."""
+        owners = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
+        rows = []
+        for index, members in itertools.groupby((owners[number] for number in numbers), lambda pair: pair[0]):
+            group, params = groups[index], [param for _, param in members]
+            tensors = {name: [self.state[param][name] for param in params] for name in self.counters}
+            counters = [torch.stack(steps).double() for steps in tensors.values()]
+            doubles = _in_double(group)
+            advanced = self.advance(doubles, *counters)
+            named = self.scalars(doubles, *advanced)
+            sign = -grad_scale if group.get("maximize") else grad_scale
+            rows.append(scalar_rows([*(named[name] for name in self.rule(group).scalars), sign], len(params), control))
+            for steps, before, after in zip(tensors.values(), counters, advanced):
+                kept = torch.where(control[1] == 0, after, before)
+                torch._foreach_copy_(steps, list(kept.to(steps[0].dtype).unbind()))
+        return torch.cat(rows)
 
     def _update_of(self, entry: _Entry, scalars: tuple[float, ...], grad_scale: float) -> Update:
         param, group = entry.param, self.param_groups[entry.group]
@@ -410,12 +487,11 @@ class Optimizer(torch.optim.Optimizer):
         """Every parameter with a gradient, checked."""
         number = -1
         for index, group in enumerate(self.param_groups):
-            if group.get("capturable"):
-                raise RuntimeError(_checks.NOT_CAPTURABLE)
             if group.get("differentiable"):
                 raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
             _checks.check_options(group)
             rule = self.rule(group)
+            _checks.check_rule(type(self).__name__, rule.name, rule.states, self.states)
             for param, what in zip(group["params"], parameter_names(group, index)):
                 number += 1
                 if param.grad is None:
@@ -429,8 +505,11 @@ class Optimizer(torch.optim.Optimizer):
                 _checks.check_state(param, state, rule.states, what)
                 if master := master_dtype(param, group):
                     _checks.check_master_state(param, state.get("master"), what, master)
-                backend = choose(local_shard(param), requested, what)
-                yield _Entry(index, param, number, what, rule, backend, self._count(state, rule, what))
+                backend = choose(local_shard(param), requested, what, rule)
+                if group.get("capturable"):
+                    _checks.check_capturable(backend, group, what)
+                counters = None if self._is_captured(group) else self._count(state, rule, what)
+                yield _Entry(index, param, number, what, rule, backend, counters)
 
     def _count(self, state: Mapping[str, Any], rule: Rule, what: str) -> tuple[float, ...]:
         """The counters' values. A class without any still tells the first step, 0, from the others, 1."""
@@ -440,13 +519,13 @@ class Optimizer(torch.optim.Optimizer):
         return tuple(float(state.get(name, first)) for name, first in self.counters.items())
 
     def _init_state(self, param: Tensor, group: Group) -> None:
-        """Create what the parameter's state lacks, and bring its counters to the CPU."""
+        """Create what the parameter's state lacks, and bring its counters where they are counted."""
         rule, master = self.rule(group), master_dtype(param, group)
         if not rule.states and not self.counters and not master:
             return
         state = self.state[param]
         for name, first in self.counters.items():
-            state[name] = _counter(state.get(name, first))
+            state[name] = _counter(state.get(name, first), param, self._is_captured(group))
         for name in rule.states:
             if state.get(name) is None:
                 kind = self.states[name]
@@ -467,13 +546,14 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults = {name: value for name, value in self.defaults.items() if name in declared}
         for name, value in (("_backend", None), ("max_grad_norm", None), ("zero_grads", False), ("grad_norm", None)):
             self.__dict__.setdefault(name, value)
-        self._plan, self._planned, self._tables = None, [], {}
+        self._plan, self._planned = None, []
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, _ABSENT.get(name, default))
             for param in group["params"]:
                 own = self.state.get(param, {})
-                own.update({name: _counter(own[name]) for name in self.counters if name in own})
+                captured = self._is_captured(group)
+                own.update({name: _counter(own[name], param, captured) for name in self.counters if name in own})
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -526,7 +606,7 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             if name in self.counters:
                 _checks.check_counters({name: value}, what)
-                loaded[name] = _counter(value).clone()
+                loaded[name] = _counter(value, param, self._is_captured(group)).clone()
             elif name in self.states:
                 dtype = dtype_of(param, self.states[name], group)
                 if group["state_dtype"] is None and value.dtype != torch.uint8:
@@ -556,17 +636,31 @@ def _zero_grads(params: list[Tensor]) -> None:
             param.grad = torch.zeros_like(param.grad) if 0 in param.grad.stride() else param.grad.detach().zero_()
 
 
-def _counter(value: Any) -> Tensor:
-    """`value` as a counter: its own tensor where that is one already."""
-    if isinstance(value, Tensor) and value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64):
+def _counter(value: Any, param: Tensor, captured: bool) -> Tensor:
+    """`value` as a counter: its own tensor where that is one already. One that is captured is on the device."""
+    device = local_shard(param).device if captured else torch.device("cpu")
+    if isinstance(value, Tensor) and value.device == device and value.dtype in (torch.float32, torch.float64):
         return value.detach() if value.requires_grad else value
+    if isinstance(value, Tensor) and value.device == device:
+        return value.float()
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.tensor(float(value), dtype=dtype, device="cpu")
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
+def _in_double(group: Group) -> Group:
+    """The group with tensors on a GPU, like a tensor lr, in double, and others as numbers."""
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.double().reshape(()) if value.is_cuda else value.item()
+        return tuple(map(converted, value)) if isinstance(value, tuple) else value
+
+    return {name: converted(value) for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def _without_tensors(group: Group) -> Group:
     """The group with one-element tensors, like a tensor lr, as numbers."""
-    if isinstance(group["lr"], float) and not isinstance(group.get("weight_decay"), Tensor):
+    if isinstance(group.get("lr"), float) and not isinstance(group.get("weight_decay"), Tensor):
         if not any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
             return group
     number = {name: _number(value) for name, value in group.items() if name not in ("params", "param_names")}

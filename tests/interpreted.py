@@ -14,16 +14,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from configs import CONFIGS
 from helpers import (
     GRAD_LAYOUTS,
     LAYOUTS,
     assert_same_bits,
-    assert_same_results,
-    make_parameters,
     pairwise,
-    results,
-    set_grads,
     surroundings,
     values,
 )
@@ -32,7 +27,7 @@ from test_codecs import any_bits, hard_to_round
 from torch import Tensor
 
 from fusedopt._state import NARROW, new_master, new_state, stored
-from fusedopt.backends import Eager, Update
+from fusedopt.backends import Eager, Update, native
 from fusedopt.binding import RULES, rule_of
 from fusedopt.codecs import (
     BLOCK,
@@ -52,7 +47,9 @@ from fusedopt.codecs import (
     state_dtype,
 )
 from fusedopt.kernels import codecs as kernel_codecs
-from fusedopt.kernels.step import TILE, TableStep
+from fusedopt.kernels.driver import step_updates
+from fusedopt.kernels.step import TILE
+from fusedopt.kernels.tables import launches_of
 from fusedopt.optim import OPTIMIZERS
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
@@ -145,11 +142,10 @@ def parts(update: Update) -> dict[str, Tensor]:
 
 def check(case: dict[str, Any]) -> None:
     ours, theirs = updates(case), updates(case)
-    driver = TableStep()
     for step in range(2):
         now = at_step(ours, step, case)
         grads = [update.grad.clone() for update in now]
-        driver(now)
+        step_updates(now)
         for update, grad in zip(now, grads):
             assert_same_bits(update.grad, grad, "gradient")
         for update in at_step(theirs, step, case):
@@ -213,7 +209,7 @@ def test_every_rule_and_format(rule: str, param: torch.dtype, state: str | None,
 def step_both(make: Callable[[], Update]) -> tuple[Update, Update]:
     """The same update by the kernel and by the reference."""
     ours, theirs = make(), make()
-    TableStep()([ours])
+    step_updates([ours])
     Eager.step(theirs)
     return ours, theirs
 
@@ -332,52 +328,123 @@ def random_words_at(key: Key, index: int) -> int:
 # --- the table ---
 
 
-def test_tables_are_sent_when_something_changed() -> None:
-    """And then only what changed; new addresses are seen, also where an object is the same."""
+class Planned:
+    """These updates as a native plan has them, each parameter in a group of its own."""
+
+    def __init__(self, updates: Sequence[Update]) -> None:
+        self.updates = updates
+        specs = [self.spec(update, index) for index, update in enumerate(updates)]
+        self.groups = [{"params": [update.param]} for update in updates]
+        self.state = {update.param: self.state_of(update) for update in updates}
+        self.set_grads(updates)
+        self.plan = native().Plan(specs, self.state, self.groups, set(), set(), True)
+
+    @staticmethod
+    def spec(update: Update, index: int) -> Any:
+        return native().GroupSpec(
+            rule=native().rule_number(update.rule.name),
+            scalars=len(update.rule.scalars),
+            maximize=update.grad_scale < 0,
+            states=list(update.rule.states),
+            is_signed=[isinstance(state, Codes) and state.map.zero > 0 for state in update.states],
+            counters=[],
+            has_master=update.master is not None,
+            stochastic=update.key is not None,
+            first_parameter=index,
+            captured=False,
+        )
+
+    @staticmethod
+    def state_of(update: Update) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {} if update.master is None else {"master": update.master}
+        for name, held in zip(update.rule.states, update.states):
+            state |= {name: held.codes, f"{name}_scale": held.scale} if isinstance(held, Codes) else {name: held}
+        return state
+
+    def set_grads(self, updates: Sequence[Update]) -> None:
+        self.updates = updates
+        for update in updates:
+            update.param.grad = None
+            if update.grad.dtype != update.param.dtype:
+                update.param.grad_dtype = None
+            update.param.grad = update.grad
+
+    def launches(self, step: int, grad_scale: float) -> list[Any]:
+        draws = [(3, step)] * len(self.groups)
+        scalars = lambda group, counter: (self.updates[group].scalars, ())  # noqa: E731
+        assert self.plan.prepare(self.state, self.groups, scalars, grad_scale, draws, False, False)
+        found = [launch for _, launch in self.plan.launches]
+        self.plan.finish(True)
+        return found
+
+
+@pytest.mark.parametrize("row", pairwise(**STORED, **LAID), ids=name_of)
+def test_the_native_module_makes_the_same_tables(row: dict[str, Any]) -> None:
+    case = case_of(row)
+    for step in range(2):
+        now = at_step(updates(case), step, case)
+        planned = Planned(now).launches(step, abs(now[0].grad_scale))
+        resolved = [replace(update, grad=update.grad.resolve_conj().resolve_neg()) for update in now]
+        expected = {form_of(launch): launch for launch, _ in launches_of(resolved)}
+        assert {form_of(launch) for launch in planned} == set(expected)
+        for launch in planned:
+            other = expected[form_of(launch)]
+            copied = any(update.grad.is_neg() or update.grad.is_conj() for update in now)
+            words = [rows_of(each, copied) for each in (launch, other)]
+            assert words[0] == words[1]
+            assert bytes(launch.tiles) == bytes(other.tiles)
+            assert len(launch.parameters) == len(other.parameters)
+
+
+def form_of(launch: Any) -> tuple[Any, ...]:
+    return (launch.device, *launch.form)
+
+
+def rows_of(launch: Any, copied: bool) -> list[Any]:
+    """The rows of the table, each with its scalars; gradients that had to be copied lie anywhere."""
+    table = torch.frombuffer(launch.table, dtype=torch.int64).view(len(launch.parameters), -1).tolist()
+    scalars = torch.frombuffer(launch.scalars, dtype=torch.float64).tolist()
+    count = len(scalars) // (max(row[1] for row in table) + 1)
+    found = []
+    for numel, scalar_row, key, tile, param, grad, *rest in table:
+        own = scalars[scalar_row * count : (scalar_row + 1) * count]
+        found.append((numel, own, key, tile, param, 0 if copied else grad, rest))
+    return found
+
+
+def test_what_changed_is_known() -> None:
+    """New addresses are seen, also where an object is the same."""
     case = case_of({"rule": "adam", "param": torch.bfloat16, "state": "int8", "narrow": (None, "stochastic")})
-    ours, theirs = updates(case), updates(case)
-    driver = TableStep()
+    now = at_step(updates(case), 0, case)
+    planned = Planned(now)
 
-    def run(step: int, ours: list[Update], theirs: list[Update]) -> dict[str, Tensor]:
-        driver(ours)
-        for update in theirs:
-            Eager.step(update)
-        for update, expected in zip(ours, theirs):
-            for name, found in parts(update).items():
-                assert_same_bits(found, parts(expected)[name], name)
-        (table,) = driver._tables.values()
-        return dict(table._tensors)
+    def changed(step: int = 0, grad_scale: float = 1.0) -> set[str]:
+        (launch,) = planned.launches(step, grad_scale)
+        return {name for name in ("table", "scalars", "tiles") if getattr(launch, f"new_{name}")}
 
-    def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-        return {name for name in after if after[name] is not before[name]}
-
-    both = at_step(ours, 0, case), at_step(theirs, 0, case)
-    first = run(0, *both)
-    assert moved(first, second := run(0, *both)) == set()
-    both = tuple([replace(update, grad_scale=0.5) for update in each] for each in both)
-    assert moved(second, third := run(0, *both)) == {"scalars"}
-    both = tuple([replace(update, key=Key(7, 8)) for update in each] for each in both)
-    assert moved(third, fourth := run(0, *both)) == {"table"}
-    for updates_ in both:
-        for update in updates_:
-            update.param.data = update.param.data.clone()
-    assert moved(fourth, fifth := run(0, *both)) == {"table"}
-    both = tuple(each[:-1] for each in both)
-    assert moved(fifth, run(0, *both)) == {"table", "scalars", "tiles"}
+    assert changed() == {"table", "scalars", "tiles"}
+    assert changed() == set()
+    assert changed(grad_scale=0.5) == {"scalars"}
+    assert changed(1, 0.5) == {"table"}  # the keys of stochastic rounding
+    for update in now:
+        update.param.data = update.param.data.clone()
+    assert changed(1, 0.5) == {"table"}
+    planned.set_grads([replace(update, grad=update.grad.clone()) for update in now])
+    assert changed(1, 0.5) == {"table"}
+    planned.updates = [replace(update, scalars=(0.3, *update.scalars[1:])) for update in now]
+    assert changed(1, 0.5) == {"scalars"}
+    now[-1].param.grad = None
+    assert changed(1, 0.5) == {"table", "scalars", "tiles"}
 
 
 def test_one_launch_for_each_form() -> None:
     """Whatever the number of tensors; a tensor at an odd address or in pieces goes by another kernel."""
     case = case_of({"rule": "adam", "param": torch.float32, "state": "float32", "narrow": (None, "nearest")})
     many = [update for _ in range(5) for update in at_step(updates(case), 0, case)]
-    driver = TableStep()
-    driver(many)
-    assert len(driver._tables) == 1
+    assert len(Planned(many).launches(0, 1.0)) == 1
     others = [at_step(updates({**case, "layout": layout}), 0, case) for layout in ("unaligned", "stepped")]
-    driver([*many, *others[0], *others[1]])
-    assert {(form.aligned, form.dims) for form in driver._tables} == {(True, 0), (False, 0), (False, 2)}
-    driver([])
-    assert not driver._tables
+    found = Planned([*many, *others[0], *others[1]]).launches(0, 1.0)
+    assert {launch.form[-3:-1] for launch in found} == {(True, 0), (False, 0), (False, 2)}
 
 
 # --- rules ---
@@ -428,29 +495,3 @@ def test_rules_of_one_name() -> None:
         results.append(ours.param[0].item())
     assert results == [0.5, 1.5]
     assert len({str(rule.triton.fn.__module__) for rule in same_name()}) == 2
-
-
-# --- optimizers --------------------------------------------------------------------------------------------------
-
-
-OPTIONS: list[tuple[torch.dtype, dict[str, Any]]] = [
-    (torch.float32, {"state_dtype": "int8", "min_quantized_size": 100, "max_grad_norm": 1.0}),
-    (torch.bfloat16, {"state_dtype": "float32", "rounding": "stochastic", "zero_grads": True}),
-    (torch.bfloat16, {"master": "split16"}),
-]
-
-
-@pytest.mark.parametrize(("dtype", "options"), OPTIONS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_of_an_optimizer(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    found = []
-    for backend in ("triton", "eager"):
-        params = make_parameters(((5, 7), (), (0,), (700,)), dtype)
-        optimizer = OPTIMIZERS[name](params, **CONFIGS[name][-1], **options, backend=backend)
-        for step in range(3):
-            set_grads(params, step)
-            versions = [param._version for param in params]
-            optimizer.step()
-            assert all(param._version > version for param, version in zip(params, versions) if param.numel())
-        found.append(results(optimizer))
-    assert_same_results(*found)

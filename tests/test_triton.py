@@ -22,8 +22,8 @@ from fusedopt.kernels.step import fusedopt_step  # noqa: E402
 
 @pytest.mark.timeout(7200)
 def test_same_bits_under_the_interpreter(request: pytest.FixtureRequest) -> None:
-    file = Path(__file__).with_name("interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    files = [str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_steps.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     command += ["-m", request.config.option.markexpr]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
