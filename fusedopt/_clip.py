@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ._gpu import neutral_control
+from ._state import local_shard
 from .backends import BACKENDS, native
 from .codecs import decode
 
@@ -28,6 +30,28 @@ def grad_norm(grads: Sequence[Tensor], scale: float | Tensor = 1.0) -> Tensor:
     return total.new_zeros(()) if not len(total) else total[0].double().sqrt().float()
 
 
+def total_norm(grads: Sequence[Tensor], scale: float | Tensor = 1.0) -> Tensor:
+    """As `grad_norm`, also of gradients on several devices, and of DTensors, for which every process must call it.
+
+    Norms of shards are summed as squares over the processes, so the result depends on how tensors are sharded.
+    """
+    device = local_shard(grads[0]).device
+    by_placement: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        where = (grad.device_mesh, grad.placements) if hasattr(grad, "_local_tensor") else None  # type: ignore[attr-defined]
+        by_placement.setdefault(where, []).append(local_shard(grad).to(device, non_blocking=True))
+    if by_placement.keys() == {None}:
+        return grad_norm(by_placement[None], scale)
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for where, members in by_placement.items():
+        square = grad_norm(members, scale).double().square()
+        for dim, placement in enumerate(where[1] if where else ()):
+            if not placement.is_replicate():
+                distributed.all_reduce(square, group=where[0].get_group(dim))
+        squares += square
+    return squares.sqrt().float()
+
+
 def clip_coefficient(norm: float, max_norm: float) -> float:
     """What gradients of this norm are multiplied by to have at most `max_norm`, as torch has it."""
     coefficient = max_norm / (norm + 1e-6)
@@ -37,7 +61,7 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
 def clipped(grads: Sequence[Tensor], control: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     """The norm of gradients, and `control` with clipping in it, by torch; without a synchronization."""
     device = control.device
-    norm = grad_norm([grad.to(device, non_blocking=True) for grad in grads], control[0].float())
+    norm = total_norm(grads, control[0].float()) if grads else torch.zeros((), device=device)
     coefficient = max_norm / (norm.double() + 1e-6)
     coefficient = torch.where(coefficient >= 1, torch.ones_like(coefficient), coefficient)
     return norm, torch.stack([control[0] * coefficient, control[1]])
@@ -85,7 +109,7 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the norm is not finite, and `error_if_nonfinite`.
-        ValueError: another `norm_type`, or a gradient that is sparse or a DTensor.
+        ValueError: another `norm_type`, or a gradient that is sparse, or a DTensor of parts of a sum.
     """
     if norm_type != 2:
         raise ValueError(f"norm_type={norm_type}: only the 2-norm is deterministic here; use torch.nn.utils for others")
@@ -93,12 +117,13 @@ def clip_grad_norm_(
     grads = [param.grad for param in parameters if param.grad is not None]
     for grad in grads:
         check_clippable(grad, "a gradient")
-    if all(grad.device.type == "cpu" for grad in grads) and BACKENDS["cpu"].unavailable() is None:
+    on_cpu = all(grad.device.type == "cpu" and not hasattr(grad, "_local_tensor") for grad in grads)
+    if on_cpu and BACKENDS["cpu"].unavailable() is None:
         resolved = [grad.resolve_conj().resolve_neg() for grad in grads]
         norm = torch.tensor(native().norm(resolved, torch.get_num_threads()))
         coefficient = torch.tensor(clip_coefficient(float(norm), max_norm), dtype=torch.float64)
     else:
-        device = grads[0].device if grads else torch.device("cpu")
+        device = local_shard(grads[0]).device if grads else torch.device("cpu")
         norm, (coefficient, _) = clipped(grads, neutral_control(device), max_norm)
     # On a GPU this alone would wait for it.
     if error_if_nonfinite and not float(norm) < torch.inf:
@@ -108,17 +133,14 @@ def clip_grad_norm_(
             "`error_if_nonfinite=False`"
         )
     if coefficient.is_cuda or coefficient != 1:
-        for grad in grads:
+        for grad in map(local_shard, grads):
             grad.mul_(coefficient.to(grad.device, non_blocking=True))
     return norm
 
 
 def check_clippable(grad: Tensor, what: str) -> None:
-    """Raises ValueError where the norm of a gradient is not to be had here."""
-    if hasattr(grad, "_local_tensor"):
-        raise ValueError(
-            f"{what} is a DTensor, whose norm takes communication; use torch.nn.utils.clip_grad_norm_ and no "
-            "max_grad_norm"
-        )
+    """Raises ValueError where the norm of a gradient is not to be had."""
+    if any(placement.is_partial() for placement in getattr(grad, "placements", ())):
+        raise ValueError(f"{what} is placed as {grad.placements}; redistribute the parts of a sum before it is clipped")  # type: ignore[attr-defined]
     if grad.layout != torch.strided:
         raise ValueError(f"{what} has layout {grad.layout}; only dense gradients are clipped")

@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 from typing_extensions import Unpack
 
 from . import _checks, _foreign
-from ._clip import check_clippable, clip_coefficient, grad_norm
+from ._clip import check_clippable, clip_coefficient, total_norm
 from ._gpu import is_capturing, scalar_rows
 from ._plan import CpuPlan, GpuPlan, Plan, Step, run
 from ._state import (
@@ -117,6 +117,7 @@ class Optimizer(torch.optim.Optimizer):
         seed: of stochastic rounding, which depends on it, the step, the parameter's number and the element alone.
         max_grad_norm: gradients are clipped to this norm, taken of all of them together, as they are read; they stay as
             they are. None does not clip. Also an attribute, which may be changed. `grad_norm` then has the norm before.
+            With DTensors every process must step, and the norm's last bits depend on how they are sharded.
         zero_grads: set the gradients to zero once they are read.
         backend: None for the fastest that serves a parameter, or the name of one.
 
@@ -163,6 +164,7 @@ class Optimizer(torch.optim.Optimizer):
         _checks.check_max_grad_norm(self.max_grad_norm)
         self._plan: list[Plan] | None = None
         self._planned: list[tuple[Any, ...]] = []
+        self._sharded = False
         super().__init__(params, {**defaults, **self.group_options, **options})
         if defaults.get("fused"):
             # As torch: GradScaler then leaves unscaling and skipping to the step.
@@ -287,7 +289,7 @@ class Optimizer(torch.optim.Optimizer):
     def _run(self, plans: list[Plan] | None, step: Step) -> bool:
         """False where a plan does not fit."""
         assert plans is not None
-        if len(plans) > 1 and step.max_norm is not None:
+        if step.max_norm is not None and (len(plans) > 1 or self._sharded):
             grads = [param.grad for group in step.groups for param in group["params"] if param.grad is not None]
             step = self._clipped(grads, step)
         result = run(plans, step)
@@ -329,6 +331,7 @@ class Optimizer(torch.optim.Optimizer):
             self._init_state(entry.param, self.param_groups[entry.group])
         if self.max_grad_norm is None:
             self.grad_norm = None
+        self._sharded = any(local_shard(entry.param) is not entry.param for entry in entries)
         repeated = len({entry.param for entry in entries}) < len(entries)
         if not repeated and self._is_plannable() and all(entry.backend.plans for entry in entries):
             self._plan, self._planned = self._make_plans(entries), form
@@ -351,7 +354,7 @@ class Optimizer(torch.optim.Optimizer):
         if step.max_norm is None:
             return step
         scale = step.grad_scale if step.scale is None else step.grad_scale / step.scale.item()
-        self.grad_norm = grad_norm([grad.to(grads[0].device) for grad in grads], ctypes.c_float(scale).value)
+        self.grad_norm = total_norm(grads, ctypes.c_float(scale).value)
         coefficient = clip_coefficient(float(self.grad_norm), step.max_norm)
         return step._replace(grad_scale=step.grad_scale * coefficient, max_norm=None)
 
@@ -546,7 +549,7 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults = {name: value for name, value in self.defaults.items() if name in declared}
         for name, value in (("_backend", None), ("max_grad_norm", None), ("zero_grads", False), ("grad_norm", None)):
             self.__dict__.setdefault(name, value)
-        self._plan, self._planned = None, []
+        self._plan, self._planned, self._sharded = None, [], False
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, _ABSENT.get(name, default))

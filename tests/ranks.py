@@ -221,6 +221,37 @@ def check_swap(backend: str) -> None:
     assert_equal(sharded, optimizer, whole, expected)
 
 
+def check_clipping(backend: str) -> None:
+    """In the step and by the function. Every process finds one norm, of shards and of a parameter that is whole."""
+    for in_step in (True, False):
+        sharded, lone = make_sharded(), torch.nn.Parameter(torch.ones(3))
+        optimizer = fusedopt.SGD([*sharded.parameters(), lone], lr=0.5, backend=backend)
+        for step in range(2):
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            sharded(torch.randn(6, 5)).square().mean().backward()
+            lone.grad = torch.full((3,), 0.01)
+            whole = [param.grad.full_tensor() for param in sharded.parameters()]
+            expected = torch.cat([grad.flatten() for grad in (*whole, lone.grad)]).double().norm()
+            weight = sharded[0].weight.full_tensor().clone()
+            if in_step:
+                optimizer.max_grad_norm = expected.item() / 2
+                optimizer.step()
+                norm = optimizer.grad_norm
+            else:
+                norm = fusedopt.clip_grad_norm_([*sharded.parameters(), lone], expected.item() / 2)
+                optimizer.step()
+            # Float32 sums of some hundred squares.
+            torch.testing.assert_close(norm.double(), expected, rtol=2**-20, atol=0)
+            gathered = [torch.zeros(()) for _ in range(distributed.get_world_size())]
+            distributed.all_gather(gathered, norm)
+            assert len({each.item() for each in gathered}) == 1
+            # lr * coefficient, of which the norm has the last bits.
+            torch.testing.assert_close(
+                sharded[0].weight.full_tensor(), weight - 0.25 * whole[0], rtol=2**-20, atol=2**-20
+            )
+
+
 def check_placement() -> None:
     """A gradient placed unlike its parameter is refused by name before anything changes."""
     sharded = make_sharded()
@@ -276,6 +307,7 @@ def main(rank: int, world: int, folder: Path) -> None:
                 check_by_shard(cls, dtype, config, backend)
             check_swap_to_8_bits(backend)
             check_swap(backend)
+            check_clipping(backend)
     check_placement()
     for cls, config in CASES:
         check_zero(cls, config)
