@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import fusedopt
+from fusedopt.backends import _triton_version
 
 from .timing import Spread
 
@@ -155,7 +156,7 @@ def _gpu(device: torch.device) -> str:
     gpu = torch.cuda.get_device_properties(device)
     toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
     sizes = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.L2_cache_size / 2**20:.0f} MiB of L2"
-    return f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, {sizes}, {toolkit}"
+    return f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, {sizes}, {toolkit}, Triton {_triton_version()}"
 
 
 def _cpu_model() -> str:

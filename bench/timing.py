@@ -144,6 +144,7 @@ def bandwidth_samplers(nbytes: int, device: torch.device) -> tuple[dict[str, Sam
     `nbytes`, since what fits in a cache is faster; a GPU's is large whatever is measured beside it.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps to reuse is not free
         nbytes = min(CUDA_COPY_BYTES, available_bytes(device) // 4)
     buffer = torch.ones(max(2, nbytes // 4), device=device)
     source, target = buffer.tensor_split(2)

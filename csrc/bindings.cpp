@@ -26,6 +26,8 @@ GroupSpec make_spec(int rule, int scalars, bool maximize, std::vector<std::strin
                     std::vector<bool> is_signed, std::vector<std::string> counters, bool has_master, bool stochastic,
                     uint64_t first_parameter, bool captured) {
   if (rule >= rule_count()) throw py::value_error("there is no rule number " + std::to_string(rule));
+  if (rule >= 0 && (rule_info(rule).states != int(states.size()) || rule_info(rule).scalars != scalars))
+    throw py::value_error("rule '" + rule_info(rule).name + "' is not this version's in the native module; rebuild it");
   if (counters.size() > max_counters) throw py::value_error("a rule has at most two counters");
   return {rule, scalars, maximize, std::move(states), std::move(is_signed), std::move(counters), has_master, stochastic,
           first_parameter, captured};
@@ -107,6 +109,8 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init([](const std::vector<GroupSpec>& specs, py::dict state, py::list groups, py::set fresh,
                        py::set others, bool for_gpu) {
+             for (const GroupSpec& spec : specs)
+               if (spec.rule < 0 && !for_gpu) throw py::value_error("a rule has no kernel for the CPU");
              return std::make_unique<Plan>(specs, state.ptr(), groups.ptr(), fresh.ptr(), others.ptr(), for_gpu);
            }),
            py::arg("specs"), py::arg("state"), py::arg("groups"), py::arg("fresh"), py::arg("others"),

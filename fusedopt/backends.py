@@ -145,6 +145,51 @@ class Triton(Gpu):
         return TritonDriver()
 
 
+class Cuda(Gpu):
+    """The native module's CUDA kernels, in csrc/cuda."""
+
+    name = "cuda"
+    summary = "CUDA C++ in the native module, one launch for all tensors stored alike, for tensors on an NVIDIA GPU"
+
+    def unavailable(self) -> str | None:
+        reason = BACKENDS["cpu"].unavailable()
+        if reason:
+            return reason
+        if not native().cuda_toolkit():
+            return "the native module was built without nvcc; reinstall fusedopt with FUSEDOPT_CUDA=1 where there is one"
+        if _cuda_stand_in():
+            return None
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "torch sees no NVIDIA GPU"
+        return _cuda_unavailable(torch.cuda.current_device())
+
+    def refuses(self, param: Tensor, rule: Rule | None = None) -> str | None:
+        if param.device.type != ("cpu" if _cuda_stand_in() else "cuda"):
+            return f"it is on {param.device}, and the cuda backend steps tensors on a GPU"
+        if rule is not None and RULES.get(rule.name) is not rule:
+            return f"rule {rule.name!r} is not one of fusedopt's, and the triton backend compiles others"
+        if param.is_neg() or param.is_conj():
+            return "it is a negative or conjugate view, which has no memory of its own values to update"
+        if _dispatches(param):
+            return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
+        return _cuda_unavailable(param.device.index or 0)
+
+    def driver(self) -> Driver:
+        from ._cuda import CudaDriver
+
+        return CudaDriver()
+
+
+@functools.cache
+def _cuda_unavailable(device: int) -> str | None:
+    return native().cuda_unavailable(device) or None
+
+
+def _cuda_stand_in() -> bool:
+    """Whether a test's stand-in for the driver runs the kernels on the CPU."""
+    return "FUSEDOPT_CUDA_DRIVER" in os.environ
+
+
 def _triton_version() -> str | None:
     try:
         return importlib.metadata.version("triton")

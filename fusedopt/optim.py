@@ -263,6 +263,7 @@ class Lion(Optimizer):
         betas: for the update and for the average.
         weight_decay: decoupled.
         maximize: ascend instead.
+        capturable: as torch's AdamW has it.
     """
 
     states = {"exp_avg": "signed"}
@@ -275,12 +276,19 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        capturable: bool = False,
         **options: Unpack[Options],
     ):
         _check_lr(lr)
         _check_betas(betas)
         _check_not_negative(weight_decay=weight_decay)
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
         super().__init__(params, defaults, **options)
 
     def rule(self, group: Group) -> Rule:
@@ -591,6 +599,7 @@ class AdEMAMix(Optimizer):
         t_beta3: steps over which the slow average's half-life grows from beta1's to beta3's; None for beta3 from the
             start. The paper sets both to the length of the training.
         maximize: ascend instead.
+        capturable: as torch's AdamW has it.
     """
 
     states = {"exp_avg": "signed", "exp_avg_slow": "signed", "exp_avg_sq": "unsigned"}
@@ -607,6 +616,7 @@ class AdEMAMix(Optimizer):
         t_beta3: int | None = None,
         *,
         maximize: bool = False,
+        capturable: bool = False,
         **options: Unpack[Options],
     ):
         _check_lr(lr)
@@ -628,6 +638,7 @@ class AdEMAMix(Optimizer):
             "t_alpha": t_alpha,
             "t_beta3": t_beta3,
             "maximize": maximize,
+            "capturable": capturable,
         }
         super().__init__(params, defaults, **options)
 

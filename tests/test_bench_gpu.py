@@ -177,6 +177,7 @@ def test_explain_compiles_for_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(aot, "FORMATS", {"float32": aot.FORMATS["float32"]})
     assert aot.here() == ("sm_90",)
+    assert any(line.strip().startswith("sm_90") for line in call("explain", "--compile").splitlines())
     file = tmp_path / "figures.md"
     result = CliRunner().invoke(aot.aot, ["--arch", *aot.here(), "gfx942", "--save", str(file)])
     assert result.exit_code == 0, result.output
@@ -197,6 +198,7 @@ def test_instructions_are_counted_on_the_way_of_whole_tiles() -> None:
     aot = pytest.importorskip("fusedopt.bench.aot")
     code = """
         /*0000*/                   S2R R1, SR_TID.X ;
+        /*0008*/              @P6 BRA `(.L_x_4) ;
         /*0010*/              @!P0 BRA `(.L_x_0) ;
         /*0020*/                   LDG.E R2, desc[UR4][R2.64] ;
         /*0030*/                   STG.E desc[UR4][R2.64], R4 ;
@@ -214,8 +216,10 @@ def test_instructions_are_counted_on_the_way_of_whole_tiles() -> None:
 .L_x_3:
         /*00c0*/                   BRA `(.L_x_3) ;
         /*00d0*/                   NOP ;
+.L_x_4:
+        /*00e0*/                   EXIT ;
 """
-    assert aot._issued(code) == 7  # S2R, BRA, LDG, BRA, FFMA, STG, EXIT
+    assert aot._issued(code) == 8  # S2R, BRA, BRA, LDG, BRA, FFMA, STG, EXIT
 
 
 # --- make gpu ---
@@ -253,12 +257,13 @@ def test_without_a_gpu_it_stops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_every_command_of_it_is_one_there_is() -> None:
     """Options, names of presets and providers, and test files: what it runs has no other rehearsal."""
     for stage in stages():
-        words = [str(word) for word in stage.command]
+        words = list(stage.command)
         if "fusedopt._cli" in words and "bench" in words:
             words = [{"cuda": "cpu"}.get(word, word) for word in words[words.index("bench") :]]
             call(*words, "--list")
-        if "pytest" in words:
-            assert Path(words[-1] if "-k" not in words else words[words.index("-k") - 1]).exists()
+        for word in words:
+            if word.startswith(str(gpu.ROOT / "tests")):
+                assert (ROOT / Path(word).relative_to(gpu.ROOT)).exists()
     tests = (ROOT / "tests" / "test_gpu.py").read_text()
     assert tests.count("sanitizer(") == 1 and "pytestmark = pytest.mark.gpu" in tests
 
@@ -321,5 +326,12 @@ def test_a_stage_that_hangs_is_stopped_with_all_it_started(monkeypatch: pytest.M
     assert gpu.run(gpu.Stage("", 60, [python, "-c", "raise SystemExit(3)"]), 60) == "failed, exit status 3"
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(1000)'])"
     assert gpu.run(gpu.Stage("", 60, [python, "-c", child]), 0.5) == "stopped after 0 s"
-    seen = "import os, pathlib, sys; sys.exit(os.environ['PYTHONPATH'].split(':')[0] != str(pathlib.Path.cwd()))"
-    assert gpu.run(gpu.Stage("", 60, [python, "-c", seen], {"A": "B"}), 60) == "passed"
+
+
+def test_a_stage_sees_the_package_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "SITE", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    shown = tmp_path / "shown"
+    code = f"import os; open({str(shown)!r}, 'w').write(os.environ['PYTHONPATH'] + os.environ['A'] + os.getcwd())"
+    assert gpu.run(gpu.Stage("", 60, [sys.executable, "-c", code], {"A": "B"}), 60) == "passed"
+    assert shown.read_text() == f"{tmp_path}{os.pathsep}elsewhereB{tmp_path}"

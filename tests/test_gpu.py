@@ -38,7 +38,7 @@ DOUBLE = (torch.float64, torch.complex128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 # One number, none, less than a tile of any kernel, and several with a ragged end.
 SHAPES = ((), (0,), (2, 3, 5, 83), (3, 7001))
-CAPTURABLE = [name for name, cls in OPTIMIZERS.items() if "capturable" in inspect.signature(cls).parameters]
+CLIPPED, INT8 = {"max_grad_norm": 0.5}, {"state_dtype": "int8", "min_quantized_size": 100}
 
 
 @pytest.fixture(params=[name for name in BACKENDS if name not in ("cpu", "eager")])
@@ -196,7 +196,7 @@ def test_grad_scaler(fused: bool, backend: str) -> None:
 
 def test_every_memory_path_for_the_sanitizer(backend: str) -> None:
     """Few and small steps, since `make gpu` runs them where each access to memory is checked."""
-    for options in ({}, {"state_dtype": "int8", "min_quantized_size": 100}, {"max_grad_norm": 0.5}):
+    for options in ({}, INT8, CLIPPED):
         params = [param for layout in LAYOUTS for param in make_parameters(SHAPES[:3], torch.bfloat16, layout)]
         cpu, gpu = twins(fusedopt.AdamW, params, backend, **options, rounding="stochastic")
         set_both(cpu, gpu, 0)
@@ -206,11 +206,11 @@ def test_every_memory_path_for_the_sanitizer(backend: str) -> None:
 
 
 def test_a_checkpoint_goes_back_to_the_cpu(backend: str) -> None:
-    cpu, gpu = twins(fusedopt.AdamW, make_parameters(SHAPES), backend, state_dtype="int8", min_quantized_size=100)
+    cpu, gpu = twins(fusedopt.AdamW, make_parameters(SHAPES), backend, **INT8)
     set_both(cpu, gpu, 0)
     cpu.step()
     gpu.step()
-    again = fusedopt.AdamW(parameters_of(cpu), state_dtype="int8", min_quantized_size=100)
+    again = fusedopt.AdamW(parameters_of(cpu), **INT8)
     again.load_state_dict(gpu.state_dict())
     set_both(again, gpu, 1)
     again.step()
@@ -250,7 +250,7 @@ PLACES = (slice(0, 4096), slice(2**31 - 4096, 2**31 + 4096), slice(2**31 + 98_30
 def test_more_than_2_to_the_31_elements(name: str, options: dict[str, Any], backend: str) -> None:
     if torch.cuda.mem_get_info()[0] < 6 * PAST_INT32:  # parameter, gradient, codes; and room for what is drawn
         pytest.skip("the GPU has too little memory")
-    settings = {"lr": 0.01, "weight_decay": 0.1, **options}
+    settings = {"lr": 0.01, "weight_decay": 0.1, "min_quantized_size": 1, **options}
     data = torch.empty(PAST_INT32, dtype=torch.bfloat16, device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
     param = Parameter(data.normal_(generator=generator))
@@ -312,13 +312,11 @@ def test_two_optimizers_on_two_streams(backend: str) -> None:
 class Training:
     """A loss of parameters on the GPU whose gradients depend on them; inputs and lr are filled in place."""
 
-    def __init__(self, name: str, backend: str, **options: Any) -> None:
+    def __init__(self, cls: Any, config: dict[str, Any], backend: str, **options: Any) -> None:
         self.params = [Parameter(on_gpu(param)) for param in make_parameters(((5, 7), (700,), (3, 2049)))]
         self.inputs = [torch.empty_like(param, requires_grad=False) for param in self.params]
-        settings = CONFIGS[name][-1]
-        self.lr = torch.tensor(settings["lr"], device=DEVICE)
-        settings = {**settings, "lr": self.lr, "capturable": True, "backend": backend, **options}
-        self.optimizer = OPTIMIZERS[name](self.params, **settings)
+        self.lr = torch.tensor(config["lr"], device=DEVICE)
+        self.optimizer = cls(self.params, **{**config, "lr": self.lr}, capturable=True, backend=backend, **options)
 
     def at(self, step: int) -> None:
         for index, given in enumerate(self.inputs):
@@ -339,11 +337,14 @@ def run_eagerly(training: Training, steps: range) -> None:
         training.step()
 
 
-@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8", "min_quantized_size": 100}, {"max_grad_norm": 0.5}])
-@pytest.mark.parametrize("name", CAPTURABLE)
-def test_graph_of_a_whole_step(name: str, options: dict[str, Any], backend: str) -> None:
+CAPTURABLE = [case for case in CONFIGURED if "capturable" in inspect.signature(case.values[0]).parameters]
+
+
+@pytest.mark.parametrize("options", [{}, INT8, CLIPPED], ids=["", "int8", "clipped"])
+@pytest.mark.parametrize(("cls", "config"), CAPTURABLE)
+def test_graph_of_a_whole_step(cls: Any, config: dict[str, Any], options: dict[str, Any], backend: str) -> None:
     """Replays do what steps do: counters advance, and a learning rate that is changed in between takes effect."""
-    captured, plain = Training(name, backend, **options), Training(name, backend, **options)
+    captured, plain = (Training(cls, config, backend, **options) for _ in range(2))
     run_eagerly(plain, range(8))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -365,9 +366,6 @@ def test_graph_of_a_whole_step(name: str, options: dict[str, Any], backend: str)
 # --- what a step costs ---
 
 
-OPTIONS: list[dict[str, Any]] = [{}, {"state_dtype": "int8"}, {"max_grad_norm": 0.5}]
-
-
 def many(backend: str, count: int = 300, **options: Any) -> torch.optim.Optimizer:
     params = [Parameter(torch.randn(5000, device=DEVICE)) for _ in range(count)]
     return fusedopt.AdamW(params, **options, backend=backend)
@@ -378,7 +376,7 @@ def new_gradients(optimizer: torch.optim.Optimizer) -> None:
         param.grad = torch.randn_like(param)
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, INT8, CLIPPED, {"capturable": True}], ids=str)
 def test_no_step_waits_for_the_gpu(options: dict[str, Any], backend: str) -> None:
     """But the first, which creates the state."""
     optimizer = many(backend, **options)
@@ -404,7 +402,7 @@ def kernels(call: Callable[[], object]) -> list[str]:
     return [event.name for event in events if not event.name.startswith(others)]
 
 
-@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+@pytest.mark.parametrize("options", [{}, INT8], ids=str)
 def test_one_launch_for_any_number_of_tensors(options: dict[str, Any], backend: str) -> None:
     """And one for each way to store them."""
     optimizer = many(backend, **options)

@@ -44,6 +44,24 @@ torch.testing.assert_close(step(fusedopt.AdamW, backend="cpu"), expected)
 assert "fusedopt._native" in sys.modules
 print(fusedopt.__version__)
 """
+OWN_RULE = """
+import torch, fusedopt
+
+def rule(p, g, lr):
+    p = p - lr * g
+    return p
+
+class Mine(fusedopt.Optimizer):
+    rule = fusedopt.rule_of(rule)
+
+    def scalars(self, group, step):
+        return {"lr": group["lr"]}
+
+param = torch.nn.Parameter(torch.ones(1000))
+param.grad = torch.ones(1000)
+Mine([param], {"lr": 0.25}, backend="cpu").step()
+assert (param == 0.75).all()
+"""
 EAGER = """
 torch.testing.assert_close(step(fusedopt.AdamW), expected)
 try:
@@ -110,6 +128,8 @@ def test_wheel_runs_natively(source: Path, tmp_path: Path) -> None:
     python, _ = build_and_install(source, tmp_path, FUSEDOPT_NATIVE="1")
     assert run(python, "-I", "-c", USE + NATIVE, cwd=tmp_path).stdout.strip() == __version__
     assert "eager" in run(python.with_name("fusedopt"), "explain", cwd=tmp_path).stdout
+    (tmp_path / "own_rule.py").write_text(OWN_RULE)
+    run(python, "-I", "own_rule.py", cwd=tmp_path, FUSEDOPT_CACHE=str(tmp_path / "cache"))
 
 
 def test_wheel_without_compiler_runs_eagerly(source: Path, tmp_path: Path, no_compiler: dict[str, str]) -> None:
