@@ -109,8 +109,6 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init([](const std::vector<GroupSpec>& specs, py::dict state, py::list groups, py::set fresh,
                        py::set others, bool for_gpu) {
-             for (const GroupSpec& spec : specs)
-               if (spec.rule < 0 && !for_gpu) throw py::value_error("a rule has no kernel for the CPU");
              return std::make_unique<Plan>(specs, state.ptr(), groups.ptr(), fresh.ptr(), others.ptr(), for_gpu);
            }),
            py::arg("specs"), py::arg("state"), py::arg("groups"), py::arg("fresh"), py::arg("others"),

@@ -129,6 +129,10 @@ Plan::Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyOb
       entry.other = is_other;
       if (entry.other) continue;
       entry.planned = plan_entry(entry, state);
+      if (entry.planned && !for_gpu_ && specs_[index].rule < 0) {
+        PyErr_SetString(PyExc_ValueError, "a rule has no kernel for the CPU");
+        throw PythonError{};
+      }
     }
   }
   std::unordered_map<PyObject*, int> index_of;

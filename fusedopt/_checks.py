@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._state import local_shard, scale_shape
 from .backends import Backend, Gpu
+from .binding import Rule
 from .codecs import BLOCK, MASTERS, ROUNDINGS, SCALE_SUFFIX, STATE_DTYPES, STORAGE_DTYPES
 
 NOT_DIFFERENTIABLE = (
@@ -52,6 +53,13 @@ def check_param(param: Tensor, local: Tensor, what: str) -> None:
         known = ", ".join(str(dtype) for dtype in _PARAM_DTYPES)
         raise TypeError(f"{what} is {param.dtype}; fusedopt updates {known}")
     _check_memory(local, what)
+
+
+def check_scalars(optimizer: str, named: Mapping[str, Any], rule: Rule) -> None:
+    """Raises TypeError where `scalars` lacks one."""
+    missing = [name for name in rule.scalars if name not in named]
+    if missing:
+        raise TypeError(f"{optimizer}.scalars does not return {missing[0]!r}, a scalar of its rule {rule.name!r}")
 
 
 def check_capturable(backend: Backend, group: Mapping[str, Any], what: str) -> None:

@@ -156,7 +156,7 @@ class Cuda(Gpu):
         if reason:
             return reason
         if not native().cuda_toolkit():
-            return "the native module was built without nvcc; reinstall fusedopt with FUSEDOPT_CUDA=1 where there is one"
+            return "the native module was built without nvcc; reinstall fusedopt with FUSEDOPT_CUDA=1 to see why"
         if _cuda_stand_in():
             return None
         if torch.version.cuda is None or not torch.cuda.is_available():

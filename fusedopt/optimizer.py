@@ -309,10 +309,9 @@ class Optimizer(torch.optim.Optimizer):
         group = _without_tensors(self.param_groups[index])
         advanced = self.advance(group, *counters)
         named = self.scalars(group, *advanced)
-        try:
-            values = tuple([float(named[name]) for name in self.rule(group).scalars])
-        except KeyError as error:
-            raise TypeError(f"{type(self).__name__}.scalars does not return {error}, a scalar of its rule") from None
+        rule = self.rule(group)
+        _checks.check_scalars(type(self).__name__, named, rule)
+        values = tuple([float(named[name]) for name in rule.scalars])
         if any(map(math.isnan, values)):
             raise ValueError(_checks.nan_hyperparameter(group, index))
         return values, advanced
@@ -324,9 +323,8 @@ class Optimizer(torch.optim.Optimizer):
             return
         for index, counters in {(entry.group, entry.counters) for entry in entries}:
             if counters is not None:
-                self._scalars(
-                    index, *counters
-                )  # raises, while nothing has changed, where a hyperparameter is not valid
+                # Raises, while nothing has changed, where a hyperparameter is not valid.
+                self._scalars(index, *counters)
         for entry in entries:
             self._init_state(entry.param, self.param_groups[entry.group])
         if self.max_grad_norm is None:
@@ -421,7 +419,11 @@ class Optimizer(torch.optim.Optimizer):
         plans: list[Plan] = []
         for backend in backends:
             others = {entry.param for entry in entries if entry.backend is not backend}
-            specs = [self._spec(group, first, backend) for group, first in zip(groups, firsts, strict=True)]
+            # Of a group that another plan steps alone the rule may have no kernel here.
+            numbers = [
+                -1 if others.issuperset(group["params"]) else backend.rule_number(self.rule(group)) for group in groups
+            ]
+            specs = [self._spec(*each) for each in zip(groups, numbers, firsts, strict=True)]
             plan = native().Plan(specs, state, groups, fresh, others, isinstance(backend, Gpu))
             if isinstance(backend, Gpu):
                 plans.append(GpuPlan(plan, backend.driver(), [self.rule(group) for group in groups]))
@@ -429,11 +431,11 @@ class Optimizer(torch.optim.Optimizer):
                 plans.append(CpuPlan(plan))
         return plans
 
-    def _spec(self, group: Group, first: int, backend: Backend) -> Any:
+    def _spec(self, group: Group, number: int, first: int) -> Any:
         rule = self.rule(group)
         captured = self._is_captured(group)
         return native().GroupSpec(
-            rule=backend.rule_number(rule),
+            rule=number,
             scalars=len(rule.scalars),
             maximize=bool(group.get("maximize", False)),
             states=list(rule.states),
@@ -464,6 +466,7 @@ class Optimizer(torch.optim.Optimizer):
             doubles = _in_double(group)
             advanced = self.advance(doubles, *counters)
             named = self.scalars(doubles, *advanced)
+            _checks.check_scalars(type(self).__name__, named, self.rule(group))
             sign = -grad_scale if group.get("maximize") else grad_scale
             rows.append(scalar_rows([*(named[name] for name in self.rule(group).scalars), sign], len(params), control))
             for steps, before, after in zip(tensors.values(), counters, advanced):
