@@ -12,10 +12,11 @@ from typing_extensions import Unpack
 
 from . import _checks, _foreign
 from ._state import converted, converted_master, dtype_of, local_shard, master_dtype
+from ._stepper import parameter_names
 from .backends import check_backend, choose, requested_backend
 from .codecs import SCALE_SUFFIX
 from .optim import OPTIMIZERS
-from .optimizer import GROUP_OPTIONS, OPTIONS, Optimizer, Options, parameter_names
+from .optimizer import GROUP_OPTIONS, OPTIONS, Optimizer, Options
 
 _T = TypeVar("_T", bound=torch.optim.Optimizer)
 

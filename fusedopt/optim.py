@@ -19,9 +19,10 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from ._state import Group
+from ._stepper import Number
 from .binding import RULES, Rule
 from .codecs import SCALE_SUFFIX
-from .optimizer import GROUP_OPTIONS, GroupOptions, Number, Optimizer, Options
+from .optimizer import GROUP_OPTIONS, GroupOptions, Optimizer, Options
 
 # --- arithmetic on a float or on a zero-dimensional tensor ---
 

@@ -1,47 +1,23 @@
-"""The base class: parameter groups, state, the step and the state_dict."""
+"""The base class: options, parameter groups and the state_dict. The step itself is in `_stepper.py`."""
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import functools
 import inspect
-import itertools
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled
-from torch.autograd.graph import increment_version
-from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from . import _checks, _foreign
-from ._clip import check_clippable, clip_coefficient, total_norm
-from ._gpu import is_capturing, scalar_rows
-from ._plan import CpuPlan, GpuPlan, Plan, Step, run
-from ._state import (
-    Group,
-    converted,
-    converted_master,
-    dtype_of,
-    key_of,
-    local_shard,
-    master_dtype,
-    new_master,
-    new_state,
-    stored,
-)
-from .backends import Backend, Eager, Gpu, Update, check_backend, choose, native, requested_backend
-from .binding import Rule
+from ._state import Group, converted, converted_master, dtype_of, master_dtype
+from ._stepper import Stepper, counter_of, parameter_names
+from .backends import check_backend
 from .codecs import SCALE_SUFFIX
-
-Number = Any
-"""A float, or a zero-dimensional float64 tensor: `scalars` computes on either."""
 
 # What a group of an old checkpoint that lacks an option means by it, as in torch.
 _ABSENT = {
@@ -56,9 +32,6 @@ _ABSENT = {
     "momentum": 0,
     "nesterov": False,
 }
-
-# Options that decide what a plan does, beside the rule.
-_PLANNED_OPTIONS = ("maximize", "state_dtype", "master", "rounding", "capturable", "differentiable")
 
 
 class GroupOptions(TypedDict, total=False):
@@ -88,20 +61,7 @@ OPTIONS = Options({**GROUP_OPTIONS, "max_grad_norm": None, "zero_grads": False, 
 _STORAGE_OPTIONS = ("state_dtype", "min_quantized_size", "master", "rounding")
 
 
-@dataclass
-class _Entry:
-    """A parameter that takes part in this step."""
-
-    group: int
-    param: Tensor
-    number: int  # among all parameters
-    what: str  # its name, for messages
-    rule: Rule
-    backend: Backend
-    counters: tuple[float, ...] | None  # None where they are on the device, to be captured
-
-
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(Stepper):
     """Base of every optimizer here. A subclass declares `states`, `rule` and `scalars`.
 
     Args:
@@ -128,12 +88,6 @@ class Optimizer(torch.optim.Optimizer):
 
     torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
     """The counterpart in torch.optim."""
-
-    states: ClassVar[Mapping[str, str]] = {}
-    """Every state a rule of this class may use, and its kind: "signed" or "unsigned"."""
-
-    counters: ClassVar[Mapping[str, float]] = {"step": 0.0}
-    """Zero-dimensional CPU tensors in the state that `advance` counts on, and their first values."""
 
     group_options: ClassVar[GroupOptions] = GROUP_OPTIONS
     """Defaults of the options that every class takes."""
@@ -162,31 +116,11 @@ class Optimizer(torch.optim.Optimizer):
         self.zero_grads = options.pop("zero_grads", False)
         self.grad_norm = None
         _checks.check_max_grad_norm(self.max_grad_norm)
-        self._plan: list[Plan] | None = None
-        self._planned: list[tuple[Any, ...]] = []
-        self._sharded = False
+        self._forget_plan()
         super().__init__(params, {**defaults, **self.group_options, **options})
         if defaults.get("fused"):
             # As torch: GradScaler then leaves unscaling and skipping to the step.
             self._step_supports_amp_scaling = True
-
-    # --- what a subclass declares ---
-
-    def rule(self, group: Group) -> Rule:
-        """The update rule of this group's parameters. Where all groups have one, `rule = rule_of(function)` will do."""
-        raise NotImplementedError
-
-    def scalars(self, group: Group, step: Number) -> dict[str, Number]:
-        """The rule's scalars by name, in double. `step` counts from 1 (and so do other counters, advanced)."""
-        raise NotImplementedError
-
-    def advance(self, group: Group, step: Number) -> tuple[Number, ...]:
-        """The counters of the coming step from those of the last."""
-        return (step + 1,)
-
-    def initial(self, name: str) -> float:
-        """The first value of a state."""
-        return 0.0
 
     # --- groups ---
 
@@ -206,339 +140,6 @@ class Optimizer(torch.optim.Optimizer):
         for param, what in zip(group["params"], parameter_names(group, index)):
             _checks.check_master(param, group["master"], what)
 
-    # --- the step ---
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: reevaluates the model and returns the loss.
-
-        Raises:
-            RuntimeError, ValueError, TypeError: a gradient, state or hyperparameter is not valid; every parameter and
-                state is then as it was.
-        """
-        # torch's wrapper for hooks and the profiler costs more than stepping a small model, so it is entered only
-        # where there is a hook or a profiler.
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or _profiler_enabled()
-        ):
-            return self._hooked_step() if closure is None else self._hooked_step(closure)
-        return self._step(closure)
-
-    step.hooked = True  # type: ignore[attr-defined]
-
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        # GradScaler sets these two while it steps an optimizer that supports scaling.
-        found_inf, scale = self.__dict__.get("found_inf"), self.__dict__.get("grad_scale")
-        if all(map(self._is_captured, self.param_groups)):
-            self._update(1.0, scale, found_inf)
-        elif found_inf is None or not found_inf.item():
-            self._update(1.0 if scale is None else 1.0 / scale.item())
-        return loss
-
-    _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
-
-    grad_norm: Tensor | None
-    """The norm of the last step's gradients, unscaled, zero-dimensional float32; None where they were not clipped."""
-
-    @torch._disable_dynamo
-    def _update(self, grad_scale: float, scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        if self.counters and is_capturing() and not all(map(self._is_captured, self.param_groups)):
-            raise RuntimeError(_checks.not_capturable(type(self).__name__))
-        requested = self._backend or requested_backend()
-        clips = self.max_grad_norm is not None
-        if clips:
-            _checks.check_max_grad_norm(self.max_grad_norm)
-        form = [
-            (self.rule(group), requested, clips, *[group.get(option) for option in _PLANNED_OPTIONS])
-            for group in self.param_groups
-        ]
-        step = Step(
-            self.state,
-            self.param_groups,
-            self._scalars,
-            [(group["seed"], group.get("rounding_step", 0)) for group in self.param_groups],
-            grad_scale,
-            self.max_grad_norm,
-            self.zero_grads,
-            scale,
-            found_inf,
-            functools.partial(self._captured, self.param_groups),
-        )
-        fits = self._plan is not None and form == self._planned
-        if not (fits and self._run(self._plan, step)):
-            self._plan = None
-            self._replan(form, requested, step)
-        for group in self.param_groups:
-            if group["rounding"] == "stochastic":
-                group["rounding_step"] = group.get("rounding_step", 0) + 1
-
-    def _is_captured(self, group: Group) -> bool:
-        """Whether steps count on the device. A class that counts nothing has nothing to keep there."""
-        return bool(group.get("capturable") and self.counters)
-
-    def _run(self, plans: list[Plan] | None, step: Step) -> bool:
-        """False where a plan does not fit."""
-        assert plans is not None
-        if step.max_norm is not None and (len(plans) > 1 or self._sharded):
-            grads = [param.grad for group in step.groups for param in group["params"] if param.grad is not None]
-            step = self._clipped(grads, step)
-        result = run(plans, step)
-        if result is None:
-            return False
-        stepped, norm, left_grads = result
-        if norm is not None:
-            self.grad_norm = norm
-        if left_grads:
-            _zero_grads(stepped)
-        # So that autograd refuses a backward through values saved before the step, as after any update in place.
-        increment_version(stepped)
-        return True
-
-    def _scalars(self, index: int, *counters: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """A group's scalars in its rule's order, and its counters advanced."""
-        group = _without_tensors(self.param_groups[index])
-        advanced = self.advance(group, *counters)
-        named = self.scalars(group, *advanced)
-        rule = self.rule(group)
-        _checks.check_scalars(type(self).__name__, named, rule)
-        values = tuple([float(named[name]) for name in rule.scalars])
-        if any(map(math.isnan, values)):
-            raise ValueError(_checks.nan_hyperparameter(group, index))
-        return values, advanced
-
-    def _replan(self, form: list[tuple[Any, ...]], requested: str | None, step: Step) -> None:
-        """A step from scratch: check everything, then create missing state, then plan and run."""
-        entries = list(self._entries(requested))
-        if not entries:
-            return
-        for index, counters in {(entry.group, entry.counters) for entry in entries}:
-            if counters is not None:
-                # Raises, while nothing has changed, where a hyperparameter is not valid.
-                self._scalars(index, *counters)
-        for entry in entries:
-            self._init_state(entry.param, self.param_groups[entry.group])
-        if self.max_grad_norm is None:
-            self.grad_norm = None
-        self._sharded = any(local_shard(entry.param) is not entry.param for entry in entries)
-        repeated = len({entry.param for entry in entries}) < len(entries)
-        if not repeated and self._is_plannable() and all(entry.backend.plans for entry in entries):
-            self._plan, self._planned = self._make_plans(entries), form
-            self._run_new(self._plan, step)
-            return
-        step = self._clipped([entry.param.grad for entry in entries if entry.param.grad is not None], step)
-        if not repeated:
-            self._run_once(entries, step)
-            return
-        # torch warns of a parameter that is in a group twice, and steps it twice.
-        seen = set()
-        for entry in entries:
-            if entry.param in seen and entry.counters is not None:
-                entry.counters = self._count(self.state.get(entry.param, {}), entry.rule, entry.what)
-            seen.add(entry.param)
-            self._run_once([entry], step)
-
-    def _clipped(self, grads: list[Tensor], step: Step) -> Step:
-        """The step with clipping in its gradient scale; `grad_norm` is set."""
-        if step.max_norm is None:
-            return step
-        scale = step.grad_scale if step.scale is None else step.grad_scale / step.scale.item()
-        self.grad_norm = total_norm(grads, ctypes.c_float(scale).value)
-        coefficient = clip_coefficient(float(self.grad_norm), step.max_norm)
-        return step._replace(grad_scale=step.grad_scale * coefficient, max_norm=None)
-
-    def _is_plannable(self) -> bool:
-        """Whether the containers are those torch makes; a plan walks them natively."""
-        lists = isinstance(self.state, dict) and type(self.param_groups) is list
-        return lists and all(type(group["params"]) is list for group in self.param_groups)
-
-    def _run_once(self, entries: list[_Entry], step: Step) -> None:
-        """A step of these parameters alone, each on its own backend."""
-        planned = [entry for entry in entries if entry.backend.plans]
-        if planned:
-            # Each parameter in a group of its own, to keep the order.
-            groups = [{**self.param_groups[entry.group], "params": [entry.param]} for entry in planned]
-
-            def scalars(index: int, *counters: float) -> Any:
-                return self._scalars(planned[index].group, *counters)
-
-            alone = step._replace(
-                state={entry.param: self.state.get(entry.param, {}) for entry in planned},
-                groups=groups,
-                scalars=scalars,
-                draws=[step.draws[entry.group] for entry in planned],
-                captured=functools.partial(self._captured, groups),
-            )
-            self._run_new(self._make_plans(planned, groups), alone)
-        others = [entry for entry in entries if not entry.backend.plans]
-        counted = [
-            (self._scalars(entry.group, *entry.counters), entry) for entry in others if entry.counters is not None
-        ]
-        updates = [(self._update_of(entry, scalars, step.grad_scale), entry) for (scalars, _), entry in counted]
-        for update, entry in updates:
-            if isinstance(entry.backend, Eager):
-                Eager.step(update)
-        on_gpu = [update for update, entry in updates if isinstance(entry.backend, Gpu)]
-        for device in {update.param.device for update in on_gpu}:
-            from .kernels.driver import step_updates
-
-            step_updates([update for update in on_gpu if update.param.device == device])
-        if on_gpu:
-            increment_version([entry.param for _, entry in updates if isinstance(entry.backend, Gpu)])
-        for (_, advanced), entry in counted:
-            for name, value in zip(self.counters, advanced):
-                self.state[entry.param][name].fill_(value)
-        if self.zero_grads:
-            _zero_grads([entry.param for entry in others])
-
-    def _make_plans(self, entries: list[_Entry], groups: list[Group] | None = None) -> list[Plan]:
-        """A plan for each backend among these. The CPU's is the first, since a plan for GPUs does not wait.
-
-        Args:
-            groups: one for each entry, in place of the optimizer's.
-        """
-        state: Any = self.state
-        if groups is None:
-            groups = self.param_groups
-            sizes = [len(group["params"]) for group in groups]
-            firsts = [sum(sizes[:index]) for index in range(len(sizes))]
-        else:
-            state = {entry.param: self.state.get(entry.param, {}) for entry in entries}
-            firsts = [entry.number for entry in entries]
-        fresh = {entry.param for entry in entries if entry.counters == (0.0,)}
-        backends = sorted({entry.backend for entry in entries}, key=lambda backend: isinstance(backend, Gpu))
-        plans: list[Plan] = []
-        for backend in backends:
-            others = {entry.param for entry in entries if entry.backend is not backend}
-            # Of a group that another plan steps alone the rule may have no kernel here.
-            numbers = [
-                -1 if others.issuperset(group["params"]) else backend.rule_number(self.rule(group)) for group in groups
-            ]
-            specs = [self._spec(*each) for each in zip(groups, numbers, firsts, strict=True)]
-            plan = native().Plan(specs, state, groups, fresh, others, isinstance(backend, Gpu))
-            if isinstance(backend, Gpu):
-                plans.append(GpuPlan(plan, backend.driver(), [self.rule(group) for group in groups]))
-            else:
-                plans.append(CpuPlan(plan))
-        return plans
-
-    def _spec(self, group: Group, number: int, first: int) -> Any:
-        rule = self.rule(group)
-        captured = self._is_captured(group)
-        return native().GroupSpec(
-            rule=number,
-            scalars=len(rule.scalars),
-            maximize=bool(group.get("maximize", False)),
-            states=list(rule.states),
-            is_signed=[self.states[name] == "signed" for name in rule.states],
-            counters=[] if captured else list(self.counters),
-            has_master=group["master"] is not None,
-            stochastic=group["rounding"] == "stochastic",
-            first_parameter=first,
-            captured=captured,
-        )
-
-    def _run_new(self, plans: list[Plan], step: Step) -> None:
-        if not self._run(plans, step):
-            raise RuntimeError(
-                f"{type(self).__name__}: the native backend declined tensors that passed every check; please report "
-                "this, and use backend='eager' meanwhile"
-            )
-
-    @torch.no_grad()
-    def _captured(self, groups: list[Group], numbers: Sequence[int], grad_scale: float, control: Tensor) -> Tensor:
-        """Rows of scalars for parameters, given by number, computed on their device; their counters are advanced."""
-        owners = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
-        rows = []
-        for index, members in itertools.groupby((owners[number] for number in numbers), lambda pair: pair[0]):
-            group, params = groups[index], [param for _, param in members]
-            tensors = {name: [self.state[param][name] for param in params] for name in self.counters}
-            counters = [torch.stack(steps).double() for steps in tensors.values()]
-            doubles = _in_double(group)
-            advanced = self.advance(doubles, *counters)
-            named = self.scalars(doubles, *advanced)
-            _checks.check_scalars(type(self).__name__, named, self.rule(group))
-            sign = -grad_scale if group.get("maximize") else grad_scale
-            rows.append(scalar_rows([*(named[name] for name in self.rule(group).scalars), sign], len(params), control))
-            for steps, before, after in zip(tensors.values(), counters, advanced):
-                kept = torch.where(control[1] == 0, after, before)
-                torch._foreach_copy_(steps, list(kept.to(steps[0].dtype).unbind()))
-        return torch.cat(rows)
-
-    def _update_of(self, entry: _Entry, scalars: tuple[float, ...], grad_scale: float) -> Update:
-        param, group = entry.param, self.param_groups[entry.group]
-        state = self.state.get(param, {})
-        assert param.grad is not None
-        return Update(
-            entry.rule,
-            local_shard(param),
-            local_shard(param.grad),
-            [stored(state, name, self.states[name]) for name in entry.rule.states],
-            scalars,
-            -grad_scale if group.get("maximize") else grad_scale,
-            local_shard(state["master"]) if master_dtype(param, group) else None,
-            key_of(param, group, entry.number),
-        )
-
-    def _entries(self, requested: str | None) -> Iterator[_Entry]:
-        """Every parameter with a gradient, checked."""
-        number = -1
-        for index, group in enumerate(self.param_groups):
-            if group.get("differentiable"):
-                raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
-            _checks.check_options(group)
-            rule = self.rule(group)
-            _checks.check_rule(type(self).__name__, rule.name, rule.states, self.states)
-            for param, what in zip(group["params"], parameter_names(group, index)):
-                number += 1
-                if param.grad is None:
-                    continue
-                _checks.check_param(param, local_shard(param), what)
-                _checks.check_grad(param, param.grad, type(self).__name__, what)
-                _checks.check_master(param, group["master"], what)
-                if self.max_grad_norm is not None:
-                    check_clippable(param.grad, f"the gradient of {what}")
-                state = self.state.get(param, {})
-                _checks.check_state(param, state, rule.states, what)
-                if master := master_dtype(param, group):
-                    _checks.check_master_state(param, state.get("master"), what, master)
-                backend = choose(local_shard(param), requested, what, rule)
-                if group.get("capturable"):
-                    _checks.check_capturable(backend, group, what)
-                counters = None if self._is_captured(group) else self._count(state, rule, what)
-                yield _Entry(index, param, number, what, rule, backend, counters)
-
-    def _count(self, state: Mapping[str, Any], rule: Rule, what: str) -> tuple[float, ...]:
-        """The counters' values. A class without any still tells the first step, 0, from the others, 1."""
-        if not self.counters:
-            return (0.0 if any(state.get(name) is None for name in rule.states) else 1.0,)
-        _checks.check_counters({name: state[name] for name in self.counters if name in state}, what)
-        return tuple(float(state.get(name, first)) for name, first in self.counters.items())
-
-    def _init_state(self, param: Tensor, group: Group) -> None:
-        """Create what the parameter's state lacks, and bring its counters where they are counted."""
-        rule, master = self.rule(group), master_dtype(param, group)
-        if not rule.states and not self.counters and not master:
-            return
-        state = self.state[param]
-        for name, first in self.counters.items():
-            state[name] = _counter(state.get(name, first), param, self._is_captured(group))
-        for name in rule.states:
-            if state.get(name) is None:
-                kind = self.states[name]
-                state.update(new_state(name, param, kind, dtype_of(param, kind, group), self.initial(name)))
-        if master and state.get("master") is None:
-            state["master"] = new_master(param, master)
-
     # --- state_dict, pickle ---
 
     def __getstate__(self) -> dict[str, Any]:
@@ -552,14 +153,14 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults = {name: value for name, value in self.defaults.items() if name in declared}
         for name, value in (("_backend", None), ("max_grad_norm", None), ("zero_grads", False), ("grad_norm", None)):
             self.__dict__.setdefault(name, value)
-        self._plan, self._planned, self._sharded = None, [], False
+        self._forget_plan()
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, _ABSENT.get(name, default))
             for param in group["params"]:
                 own = self.state.get(param, {})
                 captured = self._is_captured(group)
-                own.update({name: _counter(own[name], param, captured) for name in self.counters if name in own})
+                own.update({name: counter_of(own[name], param, captured) for name in self.counters if name in own})
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -612,7 +213,7 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             if name in self.counters:
                 _checks.check_counters({name: value}, what)
-                loaded[name] = _counter(value, param, self._is_captured(group)).clone()
+                loaded[name] = counter_of(value, param, self._is_captured(group)).clone()
             elif name in self.states:
                 dtype = dtype_of(param, self.states[name], group)
                 if group["state_dtype"] is None and value.dtype != torch.uint8:
@@ -626,54 +227,3 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 loaded[name] = value.to(param.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
         return loaded
-
-
-def parameter_names(group: Group, index: int) -> list[str]:
-    """What messages call the parameters of group number `index`."""
-    names = [f"parameter {name!r}" for name in group.get("param_names", ())]
-    # A parameter appended to the list afterwards has no name.
-    return names + [f"parameter {position} of group {index}" for position in range(len(names), len(group["params"]))]
-
-
-def _zero_grads(params: list[Tensor]) -> None:
-    """As `torch.optim.Optimizer.zero_grad(set_to_none=False)`, where elements may share memory."""
-    for param in params:
-        if param.grad is not None:
-            param.grad = torch.zeros_like(param.grad) if 0 in param.grad.stride() else param.grad.detach().zero_()
-
-
-def _counter(value: Any, param: Tensor, captured: bool) -> Tensor:
-    """`value` as a counter: its own tensor where that is one already. One that is captured is on the device."""
-    device = local_shard(param).device if captured else torch.device("cpu")
-    if isinstance(value, Tensor) and value.device == device and value.dtype in (torch.float32, torch.float64):
-        return value.detach() if value.requires_grad else value
-    if isinstance(value, Tensor) and value.device == device:
-        return value.float()
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.full((), float(value), dtype=dtype, device=device)
-
-
-def _in_double(group: Group) -> Group:
-    """The group with tensors on a GPU, like a tensor lr, in double, and others as numbers."""
-
-    def converted(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return value.double().reshape(()) if value.is_cuda else value.item()
-        return tuple(map(converted, value)) if isinstance(value, tuple) else value
-
-    return {name: converted(value) for name, value in group.items() if name not in ("params", "param_names")}
-
-
-def _without_tensors(group: Group) -> Group:
-    """The group with one-element tensors, like a tensor lr, as numbers."""
-    if isinstance(group.get("lr"), float) and not isinstance(group.get("weight_decay"), Tensor):
-        if not any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
-            return group
-    number = {name: _number(value) for name, value in group.items() if name not in ("params", "param_names")}
-    return {**group, **number}
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    return tuple(map(_number, value)) if isinstance(value, tuple) else value

@@ -230,7 +230,7 @@ def test_random_numbers_are_not_captured() -> None:
 def test_parameters_of_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """One plan each, together one step: the norm is of all gradients."""
     names = itertools.cycle(("cpu", "triton"))
-    monkeypatch.setattr("fusedopt.optimizer.choose", lambda param, name, *_: BACKENDS[name or next(names)])
+    monkeypatch.setattr("fusedopt._stepper.choose", lambda param, name, *_: BACKENDS[name or next(names)])
     found = []
     for mixed in (True, False):
         params = make_parameters(((300,), (40, 30)), torch.float32)
