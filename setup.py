@@ -1,6 +1,8 @@
 """Builds the native module with CMake and Ninja; everything else about the package is in pyproject.toml.
 
 FUSEDOPT_NATIVE=auto (default) builds it where there is a C++ compiler, 1 insists on it, 0 leaves it out.
+FUSEDOPT_CUDA is the same for the CUDA kernels in it, where there is nvcc, and FUSEDOPT_CUDA_ARCHITECTURES are those
+they are compiled for.
 """
 
 from __future__ import annotations
@@ -35,6 +37,23 @@ def find_compiler() -> str | None:
         if (path := shutil.which(name)) and subprocess.run([path, "--version"], capture_output=True).returncode == 0:
             return path
     return None
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler: on PATH, in CUDA_HOME, or where CUDA is installed; None where none is found or wanted."""
+    choice = os.environ.get("FUSEDOPT_CUDA") or "auto"
+    if choice not in ("auto", "1", "0"):
+        raise SystemExit(f"fusedopt: FUSEDOPT_CUDA={choice!r} is not understood; use auto, 1 or 0.")
+    if choice == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)])
+    found = shutil.which("nvcc", path=path)
+    if found is None and choice == "1":
+        raise SystemExit(
+            "fusedopt: FUSEDOPT_CUDA=1, but no nvcc found (PATH, CUDA_HOME or /usr/local/cuda); install CUDA's toolkit."
+        )
+    return found
 
 
 def find_tool(name: str) -> str:
@@ -81,7 +100,11 @@ class BuildNative(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DFUSEDOPT_NVCC={find_nvcc() or ''}",
+            f"-DFUSEDOPT_CUDA_REQUIRED={os.environ.get('FUSEDOPT_CUDA') == '1'}",
         ]
+        if architectures := os.environ.get("FUSEDOPT_CUDA_ARCHITECTURES"):
+            configure.append(f"-DFUSEDOPT_CUDA_ARCHITECTURES={architectures}")
         self.configure_afresh(build, configure)
         for command in (configure, [configure[0], "--build", str(build)]):
             # What CMake and the compiler say has been printed; a traceback of this file would only bury it.

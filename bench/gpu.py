@@ -22,7 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu"
 SECONDS = 570
 PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
-PROVIDERS = ("fusedopt-triton", "torch-foreach", "torch-fused", "bitsandbytes", "bitsandbytes-8bit", "torchao-8bit")
+PROVIDERS = (
+    "fusedopt-cuda",
+    "fusedopt-triton",
+    "torch-foreach",
+    "torch-fused",
+    "bitsandbytes",
+    "bitsandbytes-8bit",
+    "torchao-8bit",
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,17 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def installing() -> list[Stage]:
+def architecture() -> str:
+    """What the GPU here can run, like "90"; "" where torch sees none."""
+    code = "import torch; torch.cuda.is_available() and print(*torch.cuda.get_device_capability(), sep='')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+def installing(architecture: str) -> list[Stage]:
     """Ways to install the package, the best first."""
     build = [*PIP, "--no-build-isolation", "--upgrade", "--target", str(SITE), str(ROOT)]
     return [
-        Stage("install", 180, build, {"FUSEDOPT_NATIVE": "1"}),
+        Stage("install", 180, build, {"FUSEDOPT_NATIVE": "1", "FUSEDOPT_CUDA_ARCHITECTURES": architecture}),
         Stage("install without the CUDA module", 120, build, {"FUSEDOPT_NATIVE": "1", "FUSEDOPT_CUDA": "0"}),
         Stage("install without the native module", 60, build, {"FUSEDOPT_NATIVE": "0"}),
     ]
@@ -52,22 +66,21 @@ def checking(results: Path, workers: int, sanitizer: str | None) -> Iterator[Sta
     pytest = [*python, "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=short"]
     parallel = ["-n", str(workers)] if workers else []
     threads = {"OMP_NUM_THREADS": "2"} if workers else {}
-    tests = ROOT / "tests"
-    on_gpu = str(tests / "test_gpu.py")
+    tests = str(ROOT / "tests")
     yield Stage("backends", 30, [*python, "fusedopt._cli", "explain"])
-    yield Stage("tests on the GPU", 180, [*pytest, *parallel, "-m", "gpu and not slow", on_gpu], threads)
+    yield Stage("tests on the GPU", 180, [*pytest, *parallel, "-m", "gpu and not slow", tests], threads)
     benchmark = [*python, "fusedopt._cli", "bench", "adamw", "--device", "cuda", "--seconds", "5"]
     benchmark += ["--preset", "llama1b,llama300,many,many5k", "--dtype", "fp32,mixed-int8"]
     benchmark += ["--provider", ",".join(PROVIDERS), "--baseline", "torch-fused", "--save", str(results)]
     yield Stage("benchmark", 180, benchmark)
     if sanitizer:
-        small = [*pytest, on_gpu, "-k", "sanitizer"]
+        small = [*pytest, f"{tests}/test_gpu.py", "-k", "sanitizer"]
         for tool, options in (("memcheck", ["--report-api-errors", "no"]), ("racecheck", [])):
             check = [sanitizer, "--tool", tool, *options, "--error-exitcode", "9", *small]
             # Without its cache, torch allocates each tensor by itself, so that what lies beside it is out of bounds.
             yield Stage(tool, 60, check, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     # The interpreter takes minutes to say of the kernels what has been seen on the GPU.
-    others = ["-m", "not gpu and not slow", "-k", "not interpreter", str(tests)]
+    others = ["-m", "not gpu and not slow", "-k", "not interpreter", tests]
     yield Stage("tests on the CPU", 300, [*pytest, *parallel, *others], threads)
 
 
@@ -115,16 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
     options = parser.parse_args(arguments)
 
+    report = Report(options.seconds)
+    gpu = architecture()
+    if not gpu:
+        print(f"torch sees no GPU here, or is not installed for {sys.executable}", file=sys.stderr)
+        return 1
     shutil.rmtree(SITE, ignore_errors=True)
     SITE.mkdir(parents=True)
-    report = Report(options.seconds)
-    has_gpu = "import torch; raise SystemExit(None if torch.cuda.is_available() else 'torch sees no GPU here')"
-    if not report.stage(Stage("a GPU", 60, [sys.executable, "-c", has_gpu])):
-        return 1
     wheels = sorted(map(str, options.wheels.resolve().glob("*.whl"))) if options.wheels else []
     if wheels:
         report.stage(Stage("wheels", 60, [*PIP, "--upgrade", "--target", str(SITE), *wheels]))
-    if any(report.stage(way) for way in installing()):
+    if any(report.stage(way) for way in installing(gpu)):
         workers = min(8, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 0
         search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
         sanitizer = shutil.which("compute-sanitizer", path=search)

@@ -9,6 +9,10 @@
 namespace py = pybind11;
 using namespace fusedopt;
 
+namespace fusedopt {
+void bind_cuda(py::module_&);
+}
+
 namespace {
 
 int rule_number(const std::string& name) {
@@ -134,6 +138,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("norm_launches", &Plan::norm_launches, py::return_value_policy::reference_internal)
       .def_property_readonly("grad_norm", &Plan::grad_norm)
       .def_property_readonly("left_grads", &Plan::left_grads);
+  bind_cuda(module);
   module.def("rule_number", &rule_number, py::arg("name"), "Of a rule of rules.h, for GroupSpec.");
   module.def("add_rule", &add_rule_at, py::arg("name"), py::arg("states"), py::arg("scalars"), py::arg("in_float32"),
              py::arg("in_float64"), "The number of a user's rule, whose kernels lie at these addresses.");

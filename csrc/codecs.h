@@ -17,7 +17,7 @@ namespace fusedopt {
 // int8_*: codes of a quantized state, with a scale for each block. low*: what a split parameter lacks, in parameter.h.
 enum class Storage : uint8_t { float32, float64, bfloat16, float16, int8_signed, int8_unsigned, low16, low8 };
 
-constexpr int element_size(Storage storage) {
+FUSEDOPT_INLINE constexpr int element_size(Storage storage) {
   switch (storage) {
     case Storage::float64: return 8;
     case Storage::float32: return 4;

@@ -15,10 +15,17 @@ namespace fusedopt {
 // Every instruction set compiles its own copy: without internal linkage the linker could pick the AVX-512 one for all.
 namespace {
 
+#if defined(__CUDA_ARCH__)
+FUSEDOPT_INLINE float abs(float x) { return ::fabsf(x); }
+FUSEDOPT_INLINE double abs(double x) { return ::fabs(x); }
+FUSEDOPT_INLINE float sqrt(float x) { return __fsqrt_rn(x); }
+FUSEDOPT_INLINE double sqrt(double x) { return __dsqrt_rn(x); }
+#else
 FUSEDOPT_INLINE float abs(float x) { return __builtin_fabsf(x); }
 FUSEDOPT_INLINE double abs(double x) { return __builtin_fabs(x); }
 FUSEDOPT_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
 FUSEDOPT_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
+#endif
 
 // NaN has sign 0.
 template <class T>

@@ -35,7 +35,7 @@ FUSEDOPT_INLINE uint32_t mixed(uint32_t word) {
 // The random bits of elements start, start + 1, ...; a block does not cross a multiple of 2^32.
 class RandomWords {
  public:
-  RandomWords(const Key& key, int64_t start)
+  FUSEDOPT_INLINE RandomWords(const Key& key, int64_t start)
       : first_(uint32_t(start) + key.first + uint32_t(start >> 32) * 0x9e3779b9u), second_(key.second) {}
   FUSEDOPT_INLINE uint32_t operator[](int64_t i) const { return mixed(mixed(first_ + uint32_t(i)) + second_); }
 
@@ -82,14 +82,17 @@ FUSEDOPT_NOINLINE void keep_current(Storage storage, const float* __restrict par
 // float32 from bfloat16 and the next 16 or 8 bits, a signed number. Beyond zero and infinity, where only bits that were
 // left below another parameter lead, lies NaN.
 template <class Low>
-void join(const Low* __restrict low, float* __restrict values, int64_t n) {
+FUSEDOPT_INLINE float joined(float value, Low low) {
   constexpr int shift = 16 - 8 * int(sizeof(Low));
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = bits_of(values[i]), magnitude = bits & 0x7fffffffu;
-    const int32_t next = low[i];
-    const bool beyond = (magnitude == 0 && next < 0) || (magnitude == 0x7f800000u && next > 0);
-    values[i] = float_of(bits + (beyond ? 0u : uint32_t(next) << shift));
-  }
+  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
+  const int32_t next = low;
+  const bool beyond = (magnitude == 0 && next < 0) || (magnitude == 0x7f800000u && next > 0);
+  return float_of(bits + (beyond ? 0u : uint32_t(next) << shift));
+}
+
+template <class Low>
+void join(const Low* __restrict low, float* __restrict values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) values[i] = joined(values[i], low[i]);
 }
 
 FUSEDOPT_NOINLINE void join(Storage storage, const char* low, float* values, int64_t n) {
@@ -108,6 +111,17 @@ FUSEDOPT_INLINE void split(float x, uint32_t bits, uint16_t& high, Low& low) {
   low = x != x ? Low(0) : Low(bits - (rounded << width));
 }
 
+// The upper 24 bits, rounded to nearest, ties to even, or by a random word.
+FUSEDOPT_INLINE uint32_t to_24_bits(float x) {
+  const uint32_t bits = bits_of(x);
+  return (bits + 0x7fu + (bits >> 8 & 1u)) >> 8;
+}
+FUSEDOPT_INLINE uint32_t to_24_bits(float x, uint32_t word) {
+  const uint32_t bits = bits_of(x);
+  const bool small = (bits & 0x7fffffffu) < 0x7f7fff00u;
+  return small ? (bits + (word & 0xffu)) >> 8 : to_24_bits(x);
+}
+
 FUSEDOPT_NOINLINE void split(Storage storage, const float* __restrict source, uint16_t* __restrict high, char* low,
                              int64_t n, int64_t start, const Key* key) {
   if (storage == Storage::low16) {
@@ -117,19 +131,11 @@ FUSEDOPT_NOINLINE void split(Storage storage, const float* __restrict source, ui
   }
   auto* __restrict remainder = reinterpret_cast<int8_t*>(low);
   if (!key) {
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t bits = bits_of(source[i]);
-      split(source[i], (bits + 0x7fu + (bits >> 8 & 1u)) >> 8, high[i], remainder[i]);
-    }
+    for (int64_t i = 0; i < n; ++i) split(source[i], to_24_bits(source[i]), high[i], remainder[i]);
     return;
   }
   const RandomWords words(*key, start);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = bits_of(source[i]);
-    const bool small = (bits & 0x7fffffffu) < 0x7f7fff00u;
-    const uint32_t nearest = (bits + 0x7fu + (bits >> 8 & 1u)) >> 8;
-    split(source[i], small ? (bits + (words[i] & 0xffu)) >> 8 : nearest, high[i], remainder[i]);
-  }
+  for (int64_t i = 0; i < n; ++i) split(source[i], to_24_bits(source[i], words[i]), high[i], remainder[i]);
 }
 
 }  // namespace

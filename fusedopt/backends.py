@@ -230,7 +230,7 @@ class Eager(Backend):
             encode(values, state)
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Triton(), Eager())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Triton(), Cuda(), Eager())}
 """Every backend by name, fastest first."""
 
 

@@ -21,7 +21,8 @@ CLASSES = [pytest.param(cls, id=name) for name, cls in OPTIMIZERS.items()]
 CONFIGURED = [pytest.param(OPTIMIZERS[name], row, id=row_id(name, row)) for name, row in rows()]
 DROP_IN = [case for case in CLASSES if case.values[0].torch_class is not None]
 DROP_IN_CONFIGURED = [case for case in CONFIGURED if case.values[0].torch_class is not None]
-USABLE = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
+_ON_CPU = torch.empty(1)
+USABLE = [name for name, backend in BACKENDS.items() if not (backend.unavailable() or backend.refuses(_ON_CPU))]
 on_every_backend = pytest.mark.parametrize("backend", USABLE)
 
 SHAPES = ((5, 7), (33,), (), (0,))

@@ -22,7 +22,7 @@ from fusedopt.kernels.step import fusedopt_step  # noqa: E402
 
 @pytest.mark.timeout(7200)
 def test_same_bits_under_the_interpreter(request: pytest.FixtureRequest) -> None:
-    files = [str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_steps.py")]
+    files = [str(Path(__file__).with_name(name)) for name in ("interpreted.py", "gpu_on_cpu.py")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     command += ["-m", request.config.option.markexpr]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -1,14 +1,18 @@
-"""Optimizers on the Triton backend under Triton's interpreter. `test_triton.py` runs this file, as interpreted.py."""
+"""Optimizers on a GPU backend without a GPU: under Triton's interpreter, or by a stand-in for NVIDIA's driver.
+
+`test_triton.py` and `test_cuda.py` run this file, in processes of their own, with TRITON_INTERPRET=1 or
+FUSEDOPT_CUDA_DRIVER set.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import triton
 from configs import CONFIGS, row_id, rows
 from helpers import assert_same_bits, assert_same_results, make_parameters, results, set_grads
 from torch import Tensor
@@ -18,7 +22,8 @@ import fusedopt
 from fusedopt.backends import BACKENDS
 from fusedopt.optim import OPTIMIZERS
 
-assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+BACKEND = "cuda" if "FUSEDOPT_CUDA_DRIVER" in os.environ else "triton"
+assert BACKENDS[BACKEND].unavailable() is None
 np.seterr(all="ignore")  # the interpreter computes with NumPy, which warns of every NaN
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,9 +43,11 @@ def test_steps_of_an_optimizer(
     name: str, native: bool, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
+        if BACKEND == "cuda":
+            pytest.skip("it is in the native module")
         monkeypatch.setattr("fusedopt.backends.Gpu.plans", False)
     found = []
-    for backend in ("triton", "eager"):
+    for backend in (BACKEND, "eager"):
         params = make_parameters(SHAPES, dtype)
         optimizer = OPTIMIZERS[name](params, **CONFIGS[name][-1], **options, backend=backend)
         for step in range(3):
@@ -70,7 +77,7 @@ MIXES = ((torch.float32,), (torch.bfloat16, torch.float32), (torch.float16, torc
 def test_clipping(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     """Gradients of mixed formats, at any address; few, and so many that their sums have a tree of trees."""
     found = []
-    for backend in ("triton", "cpu"):
+    for backend in (BACKEND, "cpu"):
         generator = torch.Generator().manual_seed(1)
         params = []
         for index, size in enumerate(sizes):
@@ -90,7 +97,7 @@ def test_clipping(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> No
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan], ids=str)
 def test_a_norm_that_is_no_number(bad: float) -> None:
     found = []
-    for backend in ("triton", "cpu"):
+    for backend in (BACKEND, "cpu"):
         param = Parameter(torch.ones(3000))
         param.grad = torch.ones(3000)
         param.grad[2999] = bad
@@ -104,7 +111,7 @@ def test_a_norm_that_is_no_number(bad: float) -> None:
 def test_gradients_in_pieces_are_clipped() -> None:
     """Whose norm the kernels do not take."""
     found = []
-    for backend in ("triton", "cpu"):
+    for backend in (BACKEND, "cpu"):
         param = Parameter(torch.ones(40, 30))
         param.grad = torch.randn(80, 30, generator=torch.Generator().manual_seed(1))[::2]
         optimizer = fusedopt.AdamW([param], max_grad_norm=0.7, backend=backend)
@@ -125,7 +132,7 @@ CAPTURABLE = [
 
 def trained(name: str, config: dict[str, Any], steps: int = 4, **options: Any) -> tuple[Any, list[Parameter]]:
     params = make_parameters(SHAPES, torch.float32)
-    optimizer = OPTIMIZERS[name](params, **config, **options, backend="triton")
+    optimizer = OPTIMIZERS[name](params, **config, **options, backend=BACKEND)
     for step in range(steps):
         set_grads(params, step)
         optimizer.step()
@@ -154,7 +161,7 @@ def test_groups_of_their_own() -> None:
     for capturable in (True, False):
         params = make_parameters(SHAPES, torch.float32)
         groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "weight_decay": 0.3, "maximize": True}]
-        optimizer = fusedopt.AdamW(groups, lr=0.01, capturable=capturable, backend="triton")
+        optimizer = fusedopt.AdamW(groups, lr=0.01, capturable=capturable, backend=BACKEND)
         for step in range(4):
             set_grads(params, step)
             if step == 1:
@@ -178,7 +185,7 @@ def test_scaled_gradients(max_grad_norm: float | None) -> None:
     found = []
     for scale in (1.0, 64.0):
         params = make_parameters(SHAPES, torch.float32)
-        optimizer = fusedopt.AdamW(params, fused=True, capturable=True, max_grad_norm=max_grad_norm, backend="triton")
+        optimizer = fusedopt.AdamW(params, fused=True, capturable=True, max_grad_norm=max_grad_norm, backend=BACKEND)
         for step in range(3):
             set_grads(params, step)
             for param in params:
@@ -198,7 +205,7 @@ def test_a_lr_that_changes() -> None:
     found = []
     for lr in (torch.tensor(0.1), 0.1):
         params = make_parameters(SHAPES, torch.float32)
-        optimizer = fusedopt.AdamW(params, lr=lr, capturable=isinstance(lr, Tensor), backend="triton")
+        optimizer = fusedopt.AdamW(params, lr=lr, capturable=isinstance(lr, Tensor), backend=BACKEND)
         for step in range(3):
             group = optimizer.param_groups[0]
             group["lr"] = group["lr"].fill_(0.1 / (1 + step)) if isinstance(lr, Tensor) else 0.1 / (1 + step)
@@ -221,7 +228,7 @@ def test_checkpoints_of_captured_steps() -> None:
 
 def test_random_numbers_are_not_captured() -> None:
     params = make_parameters(SHAPES, torch.bfloat16)
-    optimizer = fusedopt.AdamW(params, capturable=True, rounding="stochastic", backend="triton")
+    optimizer = fusedopt.AdamW(params, capturable=True, rounding="stochastic", backend=BACKEND)
     set_grads(params, 0)
     with pytest.raises(RuntimeError, match="capturable=True: replays .* same random numbers"):
         optimizer.step()
@@ -229,7 +236,7 @@ def test_random_numbers_are_not_captured() -> None:
 
 def test_parameters_of_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """One plan each, together one step: the norm is of all gradients."""
-    names = itertools.cycle(("cpu", "triton"))
+    names = itertools.cycle(("cpu", BACKEND))
     monkeypatch.setattr("fusedopt._stepper.choose", lambda param, name, *_: BACKENDS[name or next(names)])
     found = []
     for mixed in (True, False):
