@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fusedopt.backends import native
+from fusedopt.backends import BACKENDS, native
 from fusedopt.binding import RULES
 
 from .aot import Figures
@@ -26,6 +26,10 @@ KERNELS = (*RULES, "norm")
 def architectures() -> list[str]:
     """Those that the module's kernels were compiled for, like "sm_90"; none where it was built without them."""
     return [f"sm_{number}" for number in native().cuda_architectures().split()]
+
+
+def has_kernels() -> bool:
+    return BACKENDS["cpu"].unavailable() is None and bool(architectures())
 
 
 def figures(image: str) -> dict[tuple[str, str], Figures]:
@@ -82,12 +86,16 @@ def cuda_aot(rules: tuple[str, ...]) -> None:
     for name in ("registers", "spilled", "shared", "16-byte loads", "16-byte stores", "instructions"):
         table.add_column(name, justify="right")
     spills = False
+    if not has_kernels():
+        click.echo("The native module has no CUDA kernels.")
+        raise SystemExit(0)
     for rule in rules or KERNELS:
         for (architecture, name), kernel in figures(rule).items():
             spills |= kernel.spilled > 0
             counts = (kernel.registers, kernel.spilled, kernel.shared, kernel.loads[128], kernel.stores[128])
             table.add_row(architecture, name, *map(str, counts), str(kernel.instructions))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=180)).print(table)
     raise SystemExit(int(spills))
 
 

@@ -71,7 +71,8 @@ def _imported(module: str, command: str) -> ModuleType:
     "--compile",
     "compiles",
     is_flag=True,
-    help="Also compile the Triton kernels for the GPU here, without one for several, and show what is in them.",
+    help="Also compile the Triton kernels for the GPU here, without one for several, and show what is in them and in "
+    "the CUDA kernels of the native module.",
 )
 @click.pass_context
 def explain(ctx: click.Context, compiles: bool) -> None:
@@ -79,8 +80,14 @@ def explain(ctx: click.Context, compiles: bool) -> None:
 
     click.echo(fusedopt.explain())
     if compiles:
-        aot = _imported("fusedopt.bench.aot", "explain --compile")
-        ctx.invoke(aot.aot, first=aot.here())
+        aot, cuda_aot = (_imported(f"fusedopt.bench.{name}", "explain --compile") for name in ("aot", "cuda_aot"))
+        statuses = []
+        for command, options in ((cuda_aot.cuda_aot, {}), (aot.aot, {"first": aot.here()})):
+            try:
+                ctx.invoke(command, **options)
+            except SystemExit as end:
+                statuses.append(end.code)
+        raise SystemExit(max(statuses))
 
 
 if __name__ == "__main__":

@@ -110,10 +110,10 @@ def encode_int8(values, mask, table, signed: tl.constexpr):
     inverse = tl.where(scale > 0, tl.div_rn(one, tl.where(scale > 0, scale, one)), 0.0)
     # Negated where signed, since a signed byte holds -128 and not 128.
     x = values * (-inverse if signed else inverse)[:, None]
-    # From 2^-23 on a row is guessed from the upper half of the bits, nearly a logarithm: times 158 / 65536 they count
-    # decades. Modulo 8 the guess is the row or the one before. Below there is only row 0. NaN counts as 0.
+    # From 2^-23 on a row is guessed from the bits, nearly a logarithm: times 158 / 2^32 they count decades. Modulo 8
+    # the guess is the row or the one before. Below there is only row 0. NaN counts as 0.
     size = tl.maximum(tl.abs(x) if signed else x, 2.0**-23)
-    row = ((size.to(tl.int32, bitcast=True) >> 16) * 158) >> 16
+    row = tl.umulhi(size.to(tl.uint32, bitcast=True), 158).to(tl.int32)
     row = (row + (size >= tl.load(table + 256 + (row & 7))).to(tl.int32)) & 7
     k = (size - tl.load(table + 264 + row)) * tl.load(table + 272 + row)
     # Thresholds are high enough for k to reach the row's first.

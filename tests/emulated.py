@@ -19,11 +19,23 @@ from test_codecs import any_bits, hard_to_round
 from torch import Tensor
 from updates import LAID, STORED, assert_near_codes, at_step, case_of, name_of, parts, updates
 
-from fusedopt._clip import clip_coefficient, grad_norm
+from fusedopt._clip import TREE, _halved, _tree_sums, clip_coefficient, grad_norm
 from fusedopt._state import NARROW, new_master
 from fusedopt.backends import Eager, Update, native
 from fusedopt.binding import RULES
-from fusedopt.codecs import BLOCK, MASTERS, SIGNED, STATE_DTYPES, UNSIGNED, Codes, DynamicMap, Key, blocks, magnitudes
+from fusedopt.codecs import (
+    BLOCK,
+    MASTERS,
+    SIGNED,
+    STATE_DTYPES,
+    UNSIGNED,
+    Codes,
+    DynamicMap,
+    Key,
+    blocks,
+    decode,
+    magnitudes,
+)
 from fusedopt.kernels.tables import launches_of
 
 DRIVER = ctypes.CDLL(os.environ["FUSEDOPT_CUDA_DRIVER"])
@@ -300,9 +312,14 @@ GRADS: list[list[tuple[int, torch.dtype]]] = [
 def test_norm(grads: list[tuple[int, torch.dtype]], by_address: bool, offset: int) -> None:
     made = [values((size + offset,), 5, index, dtype=dtype)[offset:] for index, (size, dtype) in enumerate(grads)]
     control = torch.tensor([0.3, 1.0], dtype=torch.float64)
-    norm, clipped = take_norm(made, control, 0.5, by_address)
+    norm, clipped, sums = take_norm(made, control, 0.5, by_address)
     expected = grad_norm(made, 0.3)
     assert_same_bits(norm, expected)
+    # The norm alone hardly depends on the order in which a tree is summed.
+    level = torch.cat([torch.zeros(0), *(_tree_sums(decode(grad, torch.float32) * 0.3) for grad in made)])
+    assert_same_bits(sums[: len(level)], level, "sums")
+    if len(level) > TREE:
+        assert_same_bits(sums[len(level) :], _halved(level), "sums of sums")
     assert clipped.tolist() == [0.3 * clip_coefficient(float(expected), 0.5), 1.0]
 
 
@@ -318,19 +335,19 @@ def test_whole_trees_are_read_16_bytes_at_a_time(dtype: torch.dtype) -> None:
 def test_norm_that_is_no_number(bad: float) -> None:
     grad = values((2000,), 1)
     grad[1500] = bad
-    norm, clipped = take_norm([grad], torch.tensor([1.0, 0.0], dtype=torch.float64), 0.5, False)
+    norm, clipped, _ = take_norm([grad], torch.tensor([1.0, 0.0], dtype=torch.float64), 0.5, False)
     assert_same_bits(norm, torch.tensor(bad))
     assert_same_bits(clipped[0], torch.tensor(clip_coefficient(bad, 0.5), dtype=torch.float64))
 
 
-def take_norm(grads: Sequence[Tensor], control: Tensor, max_norm: float, by_address: bool) -> tuple[Tensor, Tensor]:
-    """A launch for each dtype, as the native module plans them; and the norm and the control that it leads to."""
+def take_norm(grads: Sequence[Tensor], control: Tensor, max_norm: float, by_address: bool) -> tuple[Tensor, ...]:
+    """Launches as the native module plans them, one for each dtype: the norm, the control it leads to, and the sums."""
     storage = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     rows: dict[torch.dtype, list[int]] = {}
     trees: dict[torch.dtype, int] = {}
     total = 0
     for grad in grads:
-        own = -(-grad.numel() // 1024)
+        own = -(-grad.numel() // TREE)
         first = trees.get(grad.dtype, 0)
         rows.setdefault(grad.dtype, []).extend([grad.numel(), first, grad.data_ptr(), total])
         trees[grad.dtype] = first + own
@@ -349,7 +366,7 @@ def take_norm(grads: Sequence[Tensor], control: Tensor, max_norm: float, by_addr
         launches, 0, 0, control.data_ptr(), max_norm, sums.data_ptr(), address, clipped.data_ptr(), norm.data_ptr()
     )
     assert sums[-1] == 7, "more sums were written than there is room for"
-    return norm, clipped
+    return norm, clipped, sums[:-1]
 
 
 # --- refusals ---

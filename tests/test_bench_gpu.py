@@ -165,7 +165,8 @@ def test_explain_compiles_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_explain_compiles_for_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    aot = pytest.importorskip("fusedopt.bench.aot")
+    aot, cuda_aot = (pytest.importorskip(f"fusedopt.bench.{name}") for name in ("aot", "cuda_aot"))
+    monkeypatch.setattr(cuda_aot, "KERNELS", ())
     monkeypatch.setattr(aot, "RULES", {"sgd": aot.RULES["sgd"]})
     monkeypatch.setattr(aot, "ARCHITECTURES", ("sm_80",))
     lines = call("explain", "--compile").splitlines()
@@ -184,6 +185,21 @@ def test_explain_compiles_for_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_
     text = file.read_text()
     assert f"Triton {aot.triton.__version__}" in text
     assert re.search(r"## sm_90\n\n.*\n.*\n\| sgd \| float32 \|.*\| \d+ \| \d+ \|\n\n## gfx942", text)
+
+
+def test_explain_reads_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    aot, cuda_aot = (pytest.importorskip(f"fusedopt.bench.{name}") for name in ("aot", "cuda_aot"))
+    monkeypatch.setattr(aot, "RULES", {})
+    monkeypatch.setattr(cuda_aot, "KERNELS", ("sgd",))
+    said = call("explain", "--compile")
+    if not cuda_aot.has_kernels():
+        assert "The native module has no CUDA kernels." in said
+        return
+    for name in ("sgd_float", "sgd_double"):
+        lines = [line.split() for line in said.splitlines() if name in line]
+        # Registers, and nothing spilled.
+        assert [line[0] for line in lines] == cuda_aot.architectures()
+        assert all(int(line[2]) > 32 and line[3] == "0" for line in lines)
 
 
 def test_explain_compile_without_triton_says_what_to_install() -> None:

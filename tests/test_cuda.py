@@ -30,6 +30,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-shared", "-fPIC"]
+    flags += ["-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"]  # an index beyond a table ends the process
     command = [*shlex.split(compiler), *flags, str(HERE / "emulated_cuda.cpp"), "-o", str(library)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-5000:]
