@@ -62,17 +62,12 @@ def check_scalars(optimizer: str, named: Mapping[str, Any], rule: Rule) -> None:
         raise TypeError(f"{optimizer}.scalars does not return {missing[0]!r}, a scalar of its rule {rule.name!r}")
 
 
-def check_capturable(backend: Backend, group: Mapping[str, Any], what: str) -> None:
+def check_capturable(backend: Backend, what: str) -> None:
     """Raises RuntimeError where a step of the parameter cannot be captured in a CUDA graph."""
     if not (isinstance(backend, Gpu) and backend.plans):
         raise RuntimeError(
             f"capturable=True: the {backend.name} backend, which steps {what}, cannot be captured in a CUDA graph; "
             "set capturable=False, or have the parameters on a GPU and fusedopt's native module built"
-        )
-    if group["rounding"] == "stochastic":
-        raise RuntimeError(
-            "capturable=True: replays of a CUDA graph would round with the same random numbers at every step; "
-            'set capturable=False, or rounding="nearest"'
         )
 
 

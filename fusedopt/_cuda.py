@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._gpu import Clipped, Launch, NormLaunch, Tables
+from ._gpu import Clipped, Launch, NormLaunch, Tables, set_keys
 from .backends import native
 from .binding import Rule
 
@@ -19,16 +19,18 @@ class CudaDriver:
         self._tables = Tables()
         self._prepared: set[int] = set()
 
-    def launch(self, place: int, launch: Launch, rule: Rule, control: Tensor, scalars: Tensor | None) -> None:
+    def launch(
+        self, place: int, launch: Launch, rule: Rule, control: Tensor, scalars: Tensor | None, keys: Tensor | None
+    ) -> None:
         device = control.device
         if place not in self._prepared:
             native().cuda_prepare(launch)
             self._prepared.add(place)
         held = launch.table.nbytes + launch.scalars.nbytes
         addresses = [0, 0 if scalars is None else scalars.data_ptr()]
-        if held > native().cuda_argument_limit(launch.device):
+        if keys is not None or held > native().cuda_argument_limit(launch.device):
             table = self._on_device((place, "table"), launch.table, device, launch.new_table, launch.captured)
-            addresses[0] = table.data_ptr()
+            addresses[0] = set_keys(table, keys).data_ptr()
             if scalars is None:
                 scalars = self._on_device((place, "scalars"), launch.scalars, device, launch.new_scalars, False)
                 addresses[1] = scalars.data_ptr()

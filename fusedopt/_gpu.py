@@ -99,11 +99,24 @@ class Tables:
         return found
 
 
+def set_keys(table: Tensor, keys: Tensor | None) -> Tensor:
+    """The table on the device, with captured keys in it, if there are any."""
+    if keys is not None:
+        table.view(len(keys), -1)[:, 2].copy_(keys)
+    return table
+
+
 class Driver(Protocol):
     """What runs the kernels of one backend, for one plan."""
 
-    def launch(self, place: int, launch: Launch, rule: Rule, control: Tensor, scalars: Tensor | None) -> None:
-        """Queue launch number `place` on the device of `control`; `scalars` are its rows where they are captured."""
+    def launch(
+        self, place: int, launch: Launch, rule: Rule, control: Tensor, scalars: Tensor | None, keys: Tensor | None
+    ) -> None:
+        """Queue launch number `place` on the device of `control`.
+
+        Args:
+            scalars, keys: rows of the scalars and keys of stochastic rounding, int64, where they are captured.
+        """
 
     def norm(self, launches: Sequence[NormLaunch], control: Tensor, max_norm: float, captured: bool) -> Clipped:
         """The norm of gradients, and `control` with clipping to `max_norm` in it."""

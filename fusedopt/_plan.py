@@ -21,7 +21,7 @@ class Step(NamedTuple):
     draws: seed and step of stochastic rounding, for each group.
     scale, found_inf: what GradScaler sets, where a captured step is to read them on the device.
     captured: rows of scalars computed on the device for the parameters of these numbers, from the gradient scale and
-        the control; it also counts the step.
+        the control, and the keys of those that are rounded stochastically; it also counts the step.
     """
 
     state: Any
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     zero_grads: bool
     scale: Tensor | None
     found_inf: Tensor | None
-    captured: Callable[[Sequence[int], float, Tensor], Tensor]
+    captured: Callable[[Sequence[int], float, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class CpuPlan:
@@ -101,8 +101,8 @@ class GpuPlan:
             scale = 1.0
         for place, launch in launches:
             there = control.to(_device(launch), non_blocking=True)
-            scalars = step.captured(launch.parameters, scale, there) if launch.captured else None
-            self._driver.launch(place, launch, self._rules[launch.group], there, scalars)
+            scalars, keys = step.captured(launch.parameters, scale, there) if launch.captured else (None, None)
+            self._driver.launch(place, launch, self._rules[launch.group], there, scalars, keys)
         if any(launch.captured for _, launch in launches) and (empty := _without_elements(step.groups)):
             step.captured(empty, scale, control)
         return True

@@ -23,6 +23,7 @@ from ._plan import CpuPlan, GpuPlan, Plan, Step, run
 from ._state import Group, dtype_of, key_of, local_shard, master_dtype, new_master, new_state, stored
 from .backends import Backend, Eager, Gpu, Update, choose, native, requested_backend
 from .binding import Rule
+from .codecs import rounding_keys
 
 Number = Any
 """A float, or a float64 tensor: `scalars` computes on either."""
@@ -136,7 +137,7 @@ class Stepper(torch.optim.Optimizer):
             self.state,
             self.param_groups,
             self._scalars,
-            [(group["seed"], group.get("rounding_step", 0)) for group in self.param_groups],
+            [self._draw(group) for group in self.param_groups],
             grad_scale,
             self.max_grad_norm,
             self.zero_grads,
@@ -149,8 +150,15 @@ class Stepper(torch.optim.Optimizer):
             self._plan = None
             self._replan(form, requested, step)
         for group in self.param_groups:
-            if group["rounding"] == "stochastic":
-                group["rounding_step"] = group.get("rounding_step", 0) + 1
+            if group["rounding"] == "stochastic" and not self._is_captured(group):
+                group["rounding_step"] = int(group.get("rounding_step", 0)) + 1
+            elif group["rounding"] == "stochastic":
+                drawn = 1 if found_inf is None else (found_inf == 0).to(group["rounding_step"], non_blocking=True)
+                group["rounding_step"].add_(drawn)
+
+    def _draw(self, group: Group) -> tuple[int, int]:
+        """What stochastic rounding draws from; of a captured step the keys are computed on the device."""
+        return group["seed"], 0 if self._is_captured(group) else int(group.get("rounding_step", 0))
 
     def _is_captured(self, group: Group) -> bool:
         """Whether steps count on the device. A class that counts nothing has nothing to keep there."""
@@ -325,10 +333,15 @@ class Stepper(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def _captured(self, groups: list[Group], numbers: Sequence[int], grad_scale: float, control: Tensor) -> Tensor:
-        """Rows of scalars for parameters, given by number, computed on their device; their counters are advanced."""
+    def _captured(
+        self, groups: list[Group], numbers: Sequence[int], grad_scale: float, control: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows of scalars for parameters, given by number, and keys of those that are rounded stochastically.
+
+        Computed on their device, where their counters are advanced.
+        """
         owners = [(index, param) for index, group in enumerate(groups) for param in group["params"]]
-        rows = []
+        rows, keys = [], []
         for index, members in itertools.groupby((owners[number] for number in numbers), lambda pair: pair[0]):
             group, params = groups[index], [param for _, param in members]
             tensors = {name: [self.state[param][name] for param in params] for name in self.counters}
@@ -342,7 +355,21 @@ class Stepper(torch.optim.Optimizer):
             for steps, before, after in zip(tensors.values(), counters, advanced):
                 kept = torch.where(control[1] == 0, after, before)
                 torch._foreach_copy_(steps, list(kept.to(steps[0].dtype).unbind()))
-        return torch.cat(rows)
+            if group["rounding"] == "stochastic":
+                keys.append(self._captured_keys(group, params, control.device))
+        return torch.cat(rows), torch.cat(keys) if keys else None
+
+    def _captured_keys(self, group: Group, params: list[Tensor], device: torch.device) -> Tensor:
+        number_of = {param: number for number, param in enumerate(itertools.chain(*map(_params_of, self.param_groups)))}
+        numbers = [number_of[param] for param in params]
+        # By runs, which are made on the device: a list would have to be sent.
+        starts = [at for at, number in enumerate(numbers) if at == 0 or number != numbers[at - 1] + 1]
+        runs = [
+            torch.arange(numbers[start], numbers[start] + end - start, device=device)
+            for start, end in zip(starts, [*starts[1:], len(numbers)])
+        ]
+        step = group["rounding_step"].to(device, non_blocking=True)
+        return rounding_keys(group["seed"], step, torch.cat(runs))
 
     def _update_of(self, entry: _Entry, scalars: tuple[float, ...], grad_scale: float) -> Update:
         param, group = entry.param, self.param_groups[entry.group]
@@ -383,7 +410,7 @@ class Stepper(torch.optim.Optimizer):
                     _checks.check_master_state(param, state.get("master"), what, master)
                 backend = choose(local_shard(param), requested, what, rule)
                 if group.get("capturable"):
-                    _checks.check_capturable(backend, group, what)
+                    _checks.check_capturable(backend, what)
                 counters = None if self._is_captured(group) else self._count(state, rule, what)
                 yield _Entry(index, param, number, what, rule, backend, counters)
 
@@ -399,6 +426,10 @@ class Stepper(torch.optim.Optimizer):
         rule, master = self.rule(group), master_dtype(param, group)
         if not rule.states and not self.counters and not master:
             return
+        if self._is_captured(group) and group["rounding"] == "stochastic":
+            drawn, device = group.get("rounding_step", 0), local_shard(param).device
+            if not (isinstance(drawn, Tensor) and drawn.is_cuda):
+                group["rounding_step"] = torch.full((), int(drawn), dtype=torch.int64, device=device)
         state = self.state[param]
         for name, first in self.counters.items():
             state[name] = counter_of(state.get(name, first), param, self._is_captured(group))
@@ -433,6 +464,11 @@ def counter_of(value: Any, param: Tensor, captured: bool) -> Tensor:
         return value.float()
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.full((), float(value), dtype=dtype, device=device)
+
+
+def _params_of(group: Group) -> list[Tensor]:
+    params: list[Tensor] = group["params"]
+    return params
 
 
 def _in_double(group: Group) -> Group:

@@ -121,7 +121,7 @@ def _check_group(states: Any, new: type[Optimizer], group: dict[str, Any], index
         _checks.check_param(param, local_shard(param), what)
         _checks.check_master(param, group["master"], what)
         if group.get("capturable"):
-            _checks.check_capturable(choose(local_shard(param), requested_backend(), what), group, what)
+            _checks.check_capturable(choose(local_shard(param), requested_backend(), what), what)
         state = states.get(param, {})
         _checks.check_state(param, state, new.states, what, same_device=False)
         if master_dtype(param, group):

@@ -231,6 +231,22 @@ def rounding_key(seed: int, step: int, parameter: int) -> Key:
     return Key(word % 2**32, word >> 32)
 
 
+def rounding_keys(seed: int, step: Tensor, parameters: Tensor) -> Tensor:
+    """As `rounding_key`, of many parameters, computed where they are: int64, the first word below, the second above."""
+    word = torch.zeros_like(parameters)
+    for number in (seed - (seed >> 63 << 64), step, parameters):
+        word = word + number + (0x9E3779B97F4A7C15 - 2**64)
+        word = (word ^ _shifted(word, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+        word = (word ^ _shifted(word, 27)) * (0x94D049BB133111EB - 2**64)
+        word = word ^ _shifted(word, 31)
+    return word
+
+
+def _shifted(word: Tensor, by: int) -> Tensor:
+    """Right, of int64 whose sign is a bit like the others."""
+    return (word >> by) & (2 ** (64 - by) - 1)
+
+
 def random_words(key: Key, numel: int, device: torch.device) -> Tensor:
     """32 random bits for every element, int64: a hash of its row-major index and the key.
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusedopt._gpu import Clipped, Launch, NormLaunch, Tables, neutral_control, on
+from fusedopt._gpu import Clipped, Launch, NormLaunch, Tables, neutral_control, on, set_keys
 from fusedopt.backends import Update
 from fusedopt.binding import Rule
 from fusedopt.codecs import SIGNED, UNSIGNED
@@ -27,7 +27,9 @@ class TritonDriver:
         self._tables = Tables()
         self._arguments: dict[int, dict[str, object]] = {}
 
-    def launch(self, place: int, launch: Launch, rule: Rule, control: Tensor, scalars: Tensor | None) -> None:
+    def launch(
+        self, place: int, launch: Launch, rule: Rule, control: Tensor, scalars: Tensor | None, keys: Tensor | None
+    ) -> None:
         if place not in self._arguments:
             form = Form(rule, *launch.form)
             self._arguments[place] = {**form.arguments(), **form.options(amd=torch.version.hip is not None)}
@@ -44,7 +46,7 @@ class TritonDriver:
         tiles = sent("tiles", torch.int32)
         with on(device):
             fusedopt_step[(len(tiles),)](
-                sent("table", torch.int64),
+                set_keys(sent("table", torch.int64), keys),
                 sent("scalars", torch.float64) if scalars is None else scalars,
                 tiles,
                 _codec_tables(device),
@@ -63,7 +65,7 @@ def step_updates(updates: Sequence[Update]) -> None:
     updates = [replace(update, grad=update.grad.resolve_conj().resolve_neg()) for update in updates]
     driver = TritonDriver()
     for place, (launch, rule) in enumerate(launches_of(updates)):
-        driver.launch(place, launch, rule, neutral_control(updates[0].param.device), None)
+        driver.launch(place, launch, rule, neutral_control(updates[0].param.device), None, None)
 
 
 @functools.cache

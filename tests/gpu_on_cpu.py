@@ -6,6 +6,7 @@ FUSEDOPT_CUDA_DRIVER set.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from typing import Any
@@ -226,12 +227,36 @@ def test_checkpoints_of_captured_steps() -> None:
             assert_same_bits(other.state[param][steps], mine[steps])
 
 
-def test_random_numbers_are_not_captured() -> None:
+@pytest.mark.parametrize("master", [None, "split8"])
+def test_random_numbers_of_captured_steps(master: str | None) -> None:
+    """Those of other steps: keys are computed on the device, for groups and parameters that come and go."""
+    found = []
+    for capturable in (True, False):
+        params = make_parameters(SHAPES, torch.bfloat16)
+        groups = [{"params": params[:2], "seed": 2**63 + 5}, {"params": params[2:]}]
+        # Lion's scalars do not depend on the step, so that not even their last bits differ.
+        options = {"rounding": "stochastic", "master": master, "seed": 3, "backend": BACKEND}
+        optimizer = fusedopt.Lion(groups, lr=2.0**-9, capturable=capturable, **options)
+        for step in range(4):
+            set_grads(params, step)
+            if step == 1:
+                params[0].grad = None
+            optimizer.step()
+            if step == 2:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert [int(group["rounding_step"]) for group in optimizer.param_groups] == [4, 4]
+        found.append(results(optimizer))
+    assert_same_results(*found)
+
+
+def test_a_skipped_step_draws_nothing() -> None:
     params = make_parameters(SHAPES, torch.bfloat16)
-    optimizer = fusedopt.AdamW(params, capturable=True, rounding="stochastic", backend=BACKEND)
-    set_grads(params, 0)
-    with pytest.raises(RuntimeError, match="capturable=True: replays .* same random numbers"):
-        optimizer.step()
+    options = {"rounding": "stochastic", "capturable": True, "fused": True}
+    optimizer = fusedopt.AdamW(params, **options, backend=BACKEND)
+    for step in range(3):
+        set_grads(params, step)
+        amp(optimizer, 1.0, float(step == 1))
+    assert int(optimizer.param_groups[0]["rounding_step"]) == 2
 
 
 def test_parameters_of_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:

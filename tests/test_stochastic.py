@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt.codecs import random_words, rounding_key
+from fusedopt.codecs import random_words, rounding_key, rounding_keys
 from fusedopt.optim import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -362,3 +362,13 @@ def test_resuming_changes_no_bit(master: str | None, backend: str) -> None:
     assert_same_results(results(resumed), results(expected))
     assert_same_results(results(copied), results(expected))
     assert not torch.equal(other_seed.param_groups[0]["params"][-1], params[-1])
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**32 + 1, 2**63 + 5, 2**64 - 1])
+def test_keys_computed_on_a_device(seed: int) -> None:
+    """The same numbers as in Python."""
+    numbers = [0, 1, 7, 2**31, 2**40 + 3]
+    for count in (0, 1, 2**33):
+        found = rounding_keys(seed, torch.tensor(count), torch.tensor(numbers))
+        expected = [rounding_key(seed, count, number) for number in numbers]
+        assert [(word % 2**32, word >> 32 & 0xFFFFFFFF) for word in found.tolist()] == [tuple(key) for key in expected]
