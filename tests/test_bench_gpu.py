@@ -249,7 +249,8 @@ def test_make_gpu_passes_its_variables_on() -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("there is no make")
-    command = [make, "-n", "gpu", "PYTHON=py", "GPU_RESULTS=out", "GPU_WHEELS=wheels", "GPU_ARGS=--seconds 9"]
+    variables = ["PYTHON=py", "GPU_RESULTS=out", "GPU_WHEELS=wheels", "GPU_ARGS=--seconds 9"]
+    command = [make, "--no-print-directory", "-n", "gpu", *variables]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == "py bench/gpu.py --results out --wheels wheels --seconds 9".split(), done.stderr
 
