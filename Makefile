@@ -13,11 +13,12 @@ export FUSEDOPT_CUDA_ARCHITECTURES ?= 90
 demo: $(VENV)/native
 	$(BIN)/fusedopt demo $(DEMO_ARGS)
 
+# In two processes at once.
 test: $(VENV)/native
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
 
 test-all: $(VENV)/native
-	$(BIN)/python -m pytest -m "slow or not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(TEST_ARGS)
 
 bench: $(VENV)/native
 	$(BIN)/fusedopt bench $(BENCH_ARGS)

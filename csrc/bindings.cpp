@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/threads.h"
+#include "ops.h"
 #include "plan.h"
 #include "registry.h"
 #include "source.h"
@@ -147,6 +148,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("max_states") = max_states;
   module.attr("max_scalars") = max_scalars;
   module.def("norm", &norm_of_grads, py::arg("grads"), py::arg("threads"), "The norm of these tensors together.");
+  bind_ops(module);
   module.def("instruction_sets", &instruction_sets, "Those this machine runs, best first.");
   module.def("instruction_set", [] { return kernels()->name; }, "The one in use.");
   module.def(

@@ -46,12 +46,25 @@ struct Squares;
 // Writes the sums of trees [begin, end), of norm.h.
 using SquareSums = void (*)(const Squares&, int64_t begin, int64_t end, float* sums);
 
+// Those of rms_norm.h, over rows, and of glu.h, over blocks of rows.
+struct RmsNorm;
+struct Glu;
+template <class T>
+struct RowKernels {
+  void (*rms_norm_forward)(const RmsNorm&, int64_t begin, int64_t end);
+  void (*rms_norm_backward)(const RmsNorm&, int64_t begin, int64_t end, T* weight_sum);
+  void (*const* glu_forward)(const Glu&, int64_t begin, int64_t end);  // in the order of FUSEDOPT_ACTIVATIONS
+  void (*const* glu_backward)(const Glu&, int64_t begin, int64_t end);
+};
+
 // The kernels of one instruction set, in the order of FUSEDOPT_RULES.
 struct Kernels {
   const char* name;
   const UpdateRange* in_float32;
   const UpdateRange* in_float64;
   SquareSums square_sums;
+  RowKernels<float> rows_in_float32;
+  RowKernels<double> rows_in_float64;
 };
 
 namespace {

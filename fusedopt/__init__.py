@@ -3,6 +3,9 @@
 from . import optim
 from ._clip import clip_grad_norm_
 from ._embedding import StableEmbedding
+from ._glu import geglu, reglu, relu2, swiglu, swiglu_oai, swiglu_packed
+from ._patch import patch
+from ._rms_norm import RMSNorm, rms_norm
 from ._swap import swap
 from ._version import __version__
 from .backends import explain, use_backend
@@ -44,6 +47,7 @@ __all__ = [
     "NAdam",
     "Optimizer",
     "RAdam",
+    "RMSNorm",
     "RMSprop",
     "RMSprop8bit",
     "SGD8bit",
@@ -51,8 +55,16 @@ __all__ = [
     "__version__",
     "clip_grad_norm_",
     "explain",
+    "geglu",
     "optim",
+    "patch",
+    "reglu",
+    "relu2",
+    "rms_norm",
     "rule_of",
     "swap",
+    "swiglu",
+    "swiglu_oai",
+    "swiglu_packed",
     "use_backend",
 ]

@@ -38,9 +38,9 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(7200)
-def test_same_bits_on_the_stand_in(stand_in: Path, request: pytest.FixtureRequest) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    command += [str(HERE / name) for name in ("emulated.py", "gpu_on_cpu.py")]
+@pytest.mark.parametrize("name", ["emulated.py", "gpu_on_cpu.py"])
+def test_on_the_stand_in(name: str, stand_in: Path, request: pytest.FixtureRequest) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / name)]
     command += ["-m", request.config.option.markexpr]
     environment = {**os.environ, "FUSEDOPT_CUDA_DRIVER": str(stand_in)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

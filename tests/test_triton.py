@@ -21,9 +21,10 @@ from fusedopt.kernels.step import fusedopt_step  # noqa: E402
 
 
 @pytest.mark.timeout(7200)
-def test_same_bits_under_the_interpreter(request: pytest.FixtureRequest) -> None:
-    files = [str(Path(__file__).with_name(name)) for name in ("interpreted.py", "gpu_on_cpu.py")]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+@pytest.mark.parametrize("name", ["interpreted.py", "gpu_on_cpu.py", "interpreted_norms.py"])
+def test_under_the_interpreter(name: str, request: pytest.FixtureRequest) -> None:
+    file = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
     command += ["-m", request.config.option.markexpr]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
