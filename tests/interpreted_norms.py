@@ -432,7 +432,7 @@ def test_empty_glu(shape: tuple[int, int]) -> None:
     ids=["rms_norm", "with a residual", "swiglu", "packed", "relu2"],
 )
 def test_public_functions_run_here(call: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    """By this backend where it is asked for; both ways, the reference's results but for a few roundings of the largest."""
+    """By this backend where asked for: the reference's results and gradients but for a few roundings of the largest."""
     found = []
     for backend in ("triton", "eager"):
         x, w = (values(shape, seed, dtype=dtype).requires_grad_() for seed, shape in enumerate(((2, 3, 24), (24,))))
