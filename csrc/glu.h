@@ -2,7 +2,7 @@
 // The reference is fusedopt/_glu.py.
 #pragma once
 
-#include "math.h"
+#include "elementary.h"
 #include "rows.h"
 
 namespace fusedopt {

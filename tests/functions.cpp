@@ -1,5 +1,5 @@
-// The elementary functions of csrc/math.h over an array, for tests/test_glu.py.
-#include "../csrc/math.h"
+// The elementary functions of csrc/elementary.h over an array, for tests/test_glu.py.
+#include "../csrc/elementary.h"
 
 extern "C" __attribute__((visibility("default"))) void evaluate(int function, const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
