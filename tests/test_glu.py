@@ -275,7 +275,7 @@ def test_bad_input() -> None:
 @needs_native
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_elementary_functions(tmp_path: Path) -> None:
-    """Their errors, over every thousandth float32, are what csrc/elementary.h says; the same on every instruction set."""
+    """Their errors, over every thousandth float32, are what csrc/elementary.h says, on every instruction set."""
     source = Path(__file__).with_name("functions.cpp")
     bits = torch.arange(0, 2**32, 1021)
     x = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
