@@ -180,13 +180,15 @@ def amp(optimizer: Any, scale: float, found_inf: float) -> None:
     del optimizer.grad_scale, optimizer.found_inf
 
 
+@pytest.mark.parametrize("capturable", [True, False])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_scaled_gradients(max_grad_norm: float | None) -> None:
+def test_scaled_gradients(max_grad_norm: float | None, capturable: bool) -> None:
     """Unscaled as they are read, and where one is infinite nothing happens: no update, no count."""
     found = []
     for scale in (1.0, 64.0):
         params = make_parameters(SHAPES, torch.float32)
-        optimizer = fusedopt.AdamW(params, fused=True, capturable=True, max_grad_norm=max_grad_norm, backend=BACKEND)
+        options = {"fused": True, "capturable": capturable, "max_grad_norm": max_grad_norm}
+        optimizer = fusedopt.AdamW(params, **options, backend=BACKEND)
         for step in range(3):
             set_grads(params, step)
             for param in params:
@@ -199,6 +201,24 @@ def test_scaled_gradients(max_grad_norm: float | None) -> None:
         assert_same_results(results(optimizer), before)
         found.append((results(optimizer), optimizer.grad_norm))
     assert_same_results(found[0][0], found[1][0])
+    if max_grad_norm and not capturable:
+        assert_same_bits(found[0][1], found[1][1])
+
+
+def test_scaled_gradients_of_groups_of_both_kinds() -> None:
+    """One is captured, the other not; clipping is of both together."""
+    found = []
+    for scale in (1.0, 64.0):
+        params = make_parameters(SHAPES, torch.float32)
+        groups = [{"params": params[:2], "capturable": True}, {"params": params[2:]}]
+        optimizer = fusedopt.AdamW(groups, fused=True, max_grad_norm=0.5, backend=BACKEND)
+        for step in range(3):
+            set_grads(params, step)
+            for param in params:
+                param.grad.mul_(scale)
+            amp(optimizer, scale, 0.0)
+        found.append(results(optimizer))
+    assert_same_results(*found)
 
 
 def test_a_lr_that_changes() -> None:
