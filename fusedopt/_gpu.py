@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .binding import Rule
 
+_CAN_CAPTURE = torch.backends.cuda.is_built()  # else torch has only a placeholder for the question
+
 NOT_WARMED_UP = (
     "a step is captured in a CUDA graph whose tables have not been made yet; run one step without capturing it first, "
     "on the same gradients' sizes, as torch.cuda.graphs asks for"
@@ -145,7 +147,7 @@ def control_of(scale: Tensor | None, found_inf: Tensor | None, device: torch.dev
 
 def is_capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
-    return torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
+    return _CAN_CAPTURE and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager

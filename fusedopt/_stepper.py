@@ -113,7 +113,9 @@ class Stepper(torch.optim.Optimizer):
                 loss = closure()
         # GradScaler sets these two while it steps an optimizer that supports scaling.
         found_inf, scale = self.__dict__.get("found_inf"), self.__dict__.get("grad_scale")
-        if all(map(self._is_captured, self.param_groups)):
+        if found_inf is None and scale is None:
+            self._update(1.0)
+        elif all(map(self._is_captured, self.param_groups)):
             self._update(1.0, scale, found_inf)
         elif found_inf is None or not found_inf.item():
             self._update(1.0 if scale is None else 1.0 / scale.item())
@@ -173,7 +175,7 @@ class Stepper(torch.optim.Optimizer):
         result = run(plans, step)
         if result is None:
             return False
-        stepped, norm, left_grads = result
+        stepped, left_grads, norm = result
         if norm is not None:
             self.grad_norm = norm
         if left_grads:
@@ -188,8 +190,11 @@ class Stepper(torch.optim.Optimizer):
         advanced = self.advance(group, *counters)
         named = self.scalars(group, *advanced)
         rule = self.rule(group)
-        _checks.check_scalars(type(self).__name__, named, rule)
-        values = tuple([float(named[name]) for name in rule.scalars])
+        try:
+            values = tuple([float(named[name]) for name in rule.scalars])
+        except KeyError:
+            _checks.check_scalars(type(self).__name__, named, rule)
+            raise
         if any(map(math.isnan, values)):
             raise ValueError(_checks.nan_hyperparameter(group, index))
         return values, advanced
