@@ -17,7 +17,18 @@ import torch
 from helpers import assert_same_bits, pairwise, values
 from test_codecs import any_bits, hard_to_round
 from torch import Tensor
-from updates import LAID, STORED, assert_near_codes, at_step, case_of, name_of, parts, updates
+from updates import (
+    LAID,
+    STORED,
+    assert_near_codes,
+    at_step,
+    buffered,
+    case_of,
+    hard_to_quantize,
+    name_of,
+    parts,
+    updates,
+)
 
 from fusedopt._clip import TREE, _halved, _tree_sums, clip_coefficient, grad_norm
 from fusedopt._state import NARROW, new_master
@@ -32,9 +43,7 @@ from fusedopt.codecs import (
     Codes,
     DynamicMap,
     Key,
-    blocks,
     decode,
-    magnitudes,
 )
 from fusedopt.kernels.tables import launches_of
 
@@ -124,19 +133,6 @@ def assert_same_parts(ours: Update, theirs: Update, what: str = "") -> None:
         assert_same_bits(found, expected, f"{name} {what}")
 
 
-def buffered(x: Tensor, map: DynamicMap, codes: Tensor | None = None) -> Callable[[], Update]:
-    """x quantized with `map`, or with `codes` what they mean added to the parameter: a momentum buffer of one step."""
-
-    def make() -> Update:
-        first = torch.full(x.shape, map.zero, dtype=torch.uint8) if codes is None else codes.clone()
-        state = Codes(first, torch.full((blocks(x.numel()),), 0.7), map)
-        # l2, momentum, gain, lr_grad, lr_buffer
-        scalars = (0.0, 0.0, 1.0, 0.0, 0.0) if codes is None else (0.0, 1.0, 0.0, 0.0, -1.0)
-        return Update(RULES["sgd_momentum"], torch.zeros_like(x), x, [state], scalars)
-
-    return make
-
-
 maps = pytest.mark.parametrize("map", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
 
 
@@ -145,12 +141,7 @@ def test_every_code(map: DynamicMap) -> None:
     """What each code means, and what numbers at and beside every magnitude and every middle of two become."""
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     assert_same_parts(*step_both(buffered(torch.zeros(256), map, codes)))
-    exact = magnitudes(map)
-    x = torch.cat([exact, (exact[1:] + exact[:-1]) / 2])
-    x = torch.cat([x, *(torch.nextafter(x, torch.tensor(to)) for to in (0.0, 1.0)), x * (1 + 3e-6), x * (1 - 3e-6)])
-    x = torch.cat([x, -x])
-    x = torch.nn.functional.pad(x, (0, -len(x) % (BLOCK - 1))).view(-1, BLOCK - 1)
-    x = torch.cat([torch.ones(len(x), 1), x], 1).flatten()  # in each block also its scale
+    x = hard_to_quantize(map)
     for factor in (1.0, -1.0, 0.7, 1.3e-38, 3e38, 1e-20):
         assert_same_parts(*step_both(buffered(x * factor, map)), f"at {factor}")
 

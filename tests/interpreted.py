@@ -29,7 +29,9 @@ from updates import (
     STORED,
     assert_near_codes,
     at_step,
+    buffered,
     case_of,
+    hard_to_quantize,
     name_of,
     parts,
     updates,
@@ -47,8 +49,6 @@ from fusedopt.codecs import (
     Codes,
     DynamicMap,
     Key,
-    blocks,
-    magnitudes,
     random_words,
 )
 from fusedopt.kernels import codecs as kernel_codecs
@@ -109,30 +109,7 @@ def step_both(make: Callable[[], Update]) -> tuple[Update, Update]:
     return ours, theirs
 
 
-def buffered(x: Tensor, map: DynamicMap, codes: Tensor | None = None) -> Callable[[], Update]:
-    """x quantized with `map`, or with `codes` what they mean added to the parameter: a momentum buffer of one step."""
-
-    def make() -> Update:
-        first = torch.full(x.shape, map.zero, dtype=torch.uint8) if codes is None else codes.clone()
-        state = Codes(first, torch.full((blocks(x.numel()),), 0.7), map)
-        # l2, momentum, gain, lr_grad, lr_buffer
-        scalars = (0.0, 0.0, 1.0, 0.0, 0.0) if codes is None else (0.0, 1.0, 0.0, 0.0, -1.0)
-        return Update(RULES["sgd_momentum"], torch.zeros_like(x), x, [state], scalars)
-
-    return make
-
-
 maps = pytest.mark.parametrize("map", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
-
-
-def hard_to_quantize(map: DynamicMap) -> Tensor:
-    """At and beside every magnitude and every middle of two; in each block also 1, its scale."""
-    exact = magnitudes(map)
-    x = torch.cat([exact, (exact[1:] + exact[:-1]) / 2])
-    x = torch.cat([x, *(torch.nextafter(x, torch.tensor(to)) for to in (0.0, 1.0)), x * (1 + 3e-6), x * (1 - 3e-6)])
-    x = torch.cat([x, -x])
-    x = torch.nn.functional.pad(x, (0, -len(x) % (BLOCK - 1))).view(-1, BLOCK - 1)
-    return torch.cat([torch.ones(len(x), 1), x], 1).flatten()
 
 
 @maps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,19 @@ from torch import Tensor
 from fusedopt._state import NARROW, new_master, new_state, stored
 from fusedopt.backends import Update
 from fusedopt.binding import RULES
-from fusedopt.codecs import MASTERS, ROUNDINGS, STATE_DTYPES, Codes, encode, rounding_key, state_dtype
+from fusedopt.codecs import (
+    BLOCK,
+    MASTERS,
+    ROUNDINGS,
+    STATE_DTYPES,
+    Codes,
+    DynamicMap,
+    blocks,
+    encode,
+    magnitudes,
+    rounding_key,
+    state_dtype,
+)
 from fusedopt.optim import OPTIMIZERS
 
 KINDS = {name: kind for optimizer in OPTIMIZERS.values() for name, kind in optimizer.states.items()}
@@ -126,3 +138,26 @@ def case_of(row: dict[str, Any]) -> dict[str, Any]:
 
 def name_of(row: dict[str, Any]) -> str:
     return "-".join(str(value).removeprefix("torch.") for value in row.values())
+
+
+def buffered(x: Tensor, map: DynamicMap, codes: Tensor | None = None) -> Callable[[], Update]:
+    """x quantized with `map`, or with `codes` what they mean added to the parameter: a momentum buffer of one step."""
+
+    def make() -> Update:
+        first = torch.full(x.shape, map.zero, dtype=torch.uint8) if codes is None else codes.clone()
+        state = Codes(first, torch.full((blocks(x.numel()),), 0.7), map)
+        # l2, momentum, gain, lr_grad, lr_buffer
+        scalars = (0.0, 0.0, 1.0, 0.0, 0.0) if codes is None else (0.0, 1.0, 0.0, 0.0, -1.0)
+        return Update(RULES["sgd_momentum"], torch.zeros_like(x), x, [state], scalars)
+
+    return make
+
+
+def hard_to_quantize(map: DynamicMap) -> Tensor:
+    """At and beside every magnitude and every middle of two; in each block also 1, its scale."""
+    exact = magnitudes(map)
+    x = torch.cat([exact, (exact[1:] + exact[:-1]) / 2])
+    x = torch.cat([x, *(torch.nextafter(x, torch.tensor(to)) for to in (0.0, 1.0)), x * (1 + 3e-6), x * (1 - 3e-6)])
+    x = torch.cat([x, -x])
+    x = torch.nn.functional.pad(x, (0, -len(x) % (BLOCK - 1))).view(-1, BLOCK - 1)
+    return torch.cat([torch.ones(len(x), 1), x], 1).flatten()
