@@ -19,88 +19,103 @@ struct Glu {
 namespace {
 
 // What an activation makes of a gate: its value, and its derivative there.
-template <class T>
+template <class Value>
 struct Activated {
-  T value, slope;
+  Value value, slope;
 };
 
 struct Silu {
-  template <class T>
-  FUSEDOPT_INLINE static Activated<T> apply(T x, T) {
-    const Sigmoid<T> s = sigmoid(x);
-    return {x * s.value, s.value * (T(1) + x * s.rest)};
+  template <class Value>
+  FUSEDOPT_INLINE static Activated<Value> apply(const Value& x, Lane<Value>) {
+    const auto s = sigmoid(x);
+    return {x * s.value, s.value * (Lane<Value>(1) + s.argument * s.rest)};
   }
 };
 
 struct Gelu {
-  template <class T>
-  FUSEDOPT_INLINE static Activated<T> apply(T x, T) {
-    const T cdf = T(0.5) * (T(1) + erf(x * T(0.70710678118654752440)));
-    const T density = T(0.39894228040143267794) * exp_of_negative(T(-0.5) * x * x);
+  template <class Value>
+  FUSEDOPT_INLINE static Activated<Value> apply(const Value& x, Lane<Value>) {
+    using T = Lane<Value>;
+    const Value cdf = T(0.5) * (T(1) + erf(x * T(0.70710678118654752440)));
+    const Value density = T(0.39894228040143267794) * exp_of_negative(T(-0.5) * x * x);
     return {x * cdf, cdf + x * density};
   }
 };
 
 // 0.5 (1 + tanh(u)) is the logistic function of 2 u, which loses nothing where tanh is near -1.
 struct GeluTanh {
-  template <class T>
-  FUSEDOPT_INLINE static Activated<T> apply(T x, T) {
+  template <class Value>
+  FUSEDOPT_INLINE static Activated<Value> apply(const Value& x, Lane<Value>) {
+    using T = Lane<Value>;
     const T scale = T(1.5957691216057307117), cubic = T(0.044715);
-    const Sigmoid<T> s = sigmoid(scale * (x + cubic * x * x * x));
-    return {x * s.value, s.value * (T(1) + x * s.rest * (scale * (T(1) + T(3) * cubic * x * x)))};
+    const auto s = sigmoid(scale * (x + cubic * x * x * x));
+    // Beyond, the slope is 0 or 1 in any sum.
+    const Value near = clamp(x, T(-20), T(20));
+    return {x * s.value, s.value * (T(1) + near * s.rest * (scale * (T(1) + T(3) * cubic * near * near)))};
   }
 };
 
 struct Relu {
-  template <class T>
-  FUSEDOPT_INLINE static Activated<T> apply(T x, T) {
-    return {x <= T(0) ? T(0) : x, x <= T(0) ? T(0) : T(1)};
+  template <class Value>
+  FUSEDOPT_INLINE static Activated<Value> apply(const Value& x, Lane<Value>) {
+    using T = Lane<Value>;
+    return {where(x <= T(0), T(0), x), Value(where(x <= T(0), T(0), T(1)))};
   }
 };
 
 struct Relu2 {
-  template <class T>
-  FUSEDOPT_INLINE static Activated<T> apply(T x, T) {
-    const T positive = x <= T(0) ? T(0) : x;
+  template <class Value>
+  FUSEDOPT_INLINE static Activated<Value> apply(const Value& x, Lane<Value>) {
+    using T = Lane<Value>;
+    const Value positive = where(x <= T(0), T(0), x);
     return {positive * positive, T(2) * positive};
   }
 };
 
 // gpt-oss: min(x, limit) * sigmoid(1.702 min(x, limit)); its other half is clamped too, and has 1 added.
 struct ClampedSilu {
-  template <class T>
-  FUSEDOPT_INLINE static Activated<T> apply(T x, T limit) {
-    const T clamped = x > limit ? limit : x, alpha = T(1.702);
-    const Sigmoid<T> s = sigmoid(alpha * clamped);
-    return {clamped * s.value, x <= limit ? s.value * (T(1) + alpha * clamped * s.rest) : T(0)};
+  template <class Value>
+  FUSEDOPT_INLINE static Activated<Value> apply(const Value& x, Lane<Value> limit) {
+    using T = Lane<Value>;
+    const Value clamped = at_most(limit, x);
+    const auto s = sigmoid(T(1.702) * clamped);
+    return {clamped * s.value, where(x <= limit, s.value * (T(1) + s.argument * s.rest), T(0))};
   }
 };
 
-template <class Activation, class T>
-FUSEDOPT_INLINE Activated<T> factor(T up, T limit) {
-  if constexpr (std::is_same_v<Activation, ClampedSilu>) {
-    const T clamped = up > limit ? limit : up < -limit ? -limit : up;
-    return {clamped + T(1), up >= -limit && up <= limit ? T(1) : T(0)};
-  } else {
-    return {up, T(1)};
-  }
+template <class Activation, class Value>
+FUSEDOPT_INLINE Activated<Value> factor(const Value& up, Lane<Value> limit) {
+  using T = Lane<Value>;
+  if constexpr (std::is_same_v<Activation, ClampedSilu>)
+    return {clamp(up, -limit, limit) + T(1), where((up >= -limit) & (up <= limit), T(1), T(0))};
+  else
+    return {up, Value{} + T(1)};
 }
+
+// What is computed at a time. Of float64 one: its functions are the mathematics library's.
+template <class T>
+using Values = std::conditional_t<std::is_same_v<T, float>, Lanes, T>;
 
 template <class Activation, class T>
 FUSEDOPT_INLINE void activate(const T* __restrict gate, const T* __restrict up, T limit, T* __restrict y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    y[i] = Activation::apply(gate[i], limit).value * factor<Activation>(up[i], limit).value;
+  using Value = Values<T>;
+  for_each_value<Value>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    const Value a = Activation::apply(load<Value>(gate + i, count), limit).value;
+    store(a * factor<Activation>(load<Value>(up + i, count), limit).value, y + i, count);
+  });
 }
 
 template <class Activation, class T>
 FUSEDOPT_INLINE void differentiate(const T* __restrict grad, const T* __restrict gate, const T* __restrict up, T limit,
                                    T* __restrict grad_gate, T* __restrict grad_up, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Activated<T> a = Activation::apply(gate[i], limit), b = factor<Activation>(up[i], limit);
-    const T g = grad[i];
-    grad_gate[i] = g * b.value * a.slope;
-    grad_up[i] = g * a.value * b.slope;
-  }
+  using Value = Values<T>;
+  for_each_value<Value>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    const auto a = Activation::apply(load<Value>(gate + i, count), limit);
+    const auto b = factor<Activation>(load<Value>(up + i, count), limit);
+    const Value g = load<Value>(grad + i, count);
+    store(g * b.value * a.slope, grad_gate + i, count);
+    store(g * a.value * b.slope, grad_up + i, count);
+  });
 }
 
 // Blocks [begin, end) of all rows, each row being cut into blocks of block_size.

@@ -56,33 +56,34 @@ T inverse_root(double sum_of_squares, const RmsNorm& norm) {
   return rounded(T(1 / sqrt(double(variance))), storage);
 }
 
-// The block of x, or of the sum of x and the residual, which is written on the first of two passes.
+// x, or the sum of x and the residual, which the first of two passes writes and then reads as it was rounded.
 template <class T>
 class Input {
  public:
-  Input(const RmsNorm& norm, int64_t index)
-      : norm_(norm),
-        x_(norm.x.row(index)),
-        residual_(norm.residual.data ? norm.residual.row(index) : nullptr),
-        total_(norm.residual.data ? norm.total.row(index) : nullptr) {}
+  Input(const RmsNorm& norm) : norm_(norm), rows_(norm.residual.data ? norm.total : norm.x) {}
 
+  void go_to(int64_t index) {
+    row_ = rows_.row(index);
+    if (!norm_.residual.data) return;
+    x_ = norm_.x.row(index);
+    residual_ = norm_.residual.row(index);
+  }
   const T* first(int64_t at, int64_t n) {
-    const T* x = x_block_.read(norm_.x, x_, at, n);
-    if (!residual_) return x;
-    T* total = total_block_.place(norm_.total, total_, at);
-    add(x, residual_block_.read(norm_.residual, residual_, at, n), total, n);
-    total_block_.write(norm_.total, total_, at, n);
-    round_to(norm_.total.storage, total, n);
-    return total;
+    if (norm_.residual.data) {
+      T* total = total_block_.place(rows_, row_, at);
+      add(x_block_.read(norm_.x, x_, at, n), residual_block_.read(norm_.residual, residual_, at, n), total, n);
+      total_block_.write(rows_, row_, at, n);
+    }
+    return twice_.first(rows_, row_, at, n);
   }
-  const T* again(int64_t at, int64_t n) {
-    return residual_ ? total_block_.read(norm_.total, total_, at, n) : x_block_.read(norm_.x, x_, at, n);
-  }
+  const T* again(int64_t at, int64_t n) { return twice_.again(rows_, row_, at, n); }
 
  private:
   const RmsNorm& norm_;
-  char *x_, *residual_, *total_;
+  const Rows& rows_;
+  char *row_ = nullptr, *x_ = nullptr, *residual_ = nullptr;
   RowBlock<T> x_block_, residual_block_, total_block_;
+  RowTwice<T> twice_;
 };
 
 template <class T>
@@ -102,10 +103,11 @@ template <class T>
 void rms_norm_forward(const RmsNorm& norm, int64_t begin, int64_t end) {
   const int64_t columns = norm.columns;
   const T* weight = static_cast<const T*>(norm.weight);
+  Input<T> input(norm);
   RowBlock<T> y_block;
   alignas(64) T squares[block_size];
   for (int64_t index = begin; index < end; ++index) {
-    Input<T> input(norm, index);
+    input.go_to(index);
     double sum = 0;
     for (int64_t at = 0; at < columns; at += block_size) {
       const int64_t n = columns - at < block_size ? columns - at : block_size;
@@ -149,15 +151,16 @@ template <class T>
 void rms_norm_backward(const RmsNorm& norm, int64_t begin, int64_t end, T* weight_sum) {
   const int64_t columns = norm.columns;
   const T* weight = static_cast<const T*>(norm.weight);
-  RowBlock<T> x_block, grad_block, total_block, out_block;
+  RowTwice<T> x_twice, grad_twice;
+  RowBlock<T> total_block, out_block;
   for (int64_t index = begin; index < end; ++index) {
     char *x_row = norm.x.row(index), *grad_row = norm.grad_y.row(index);
     const T rstd = static_cast<const T*>(norm.rstd)[index];
     double sum = 0;
     for (int64_t at = 0; at < columns; at += block_size) {
       const int64_t n = columns - at < block_size ? columns - at : block_size;
-      const T* x = x_block.read(norm.x, x_row, at, n);
-      const T* grad = grad_block.read(norm.grad_y, grad_row, at, n);
+      const T* x = x_twice.first(norm.x, x_row, at, n);
+      const T* grad = grad_twice.first(norm.grad_y, grad_row, at, n);
       const T* w = weight + at;
       sum += double(lane_sum<T>(n, [&](auto read) { return read(grad) * read(w) * (read(x) * rstd); }));
     }
@@ -166,8 +169,8 @@ void rms_norm_backward(const RmsNorm& norm, int64_t begin, int64_t end, T* weigh
     char* total_row = norm.grad_total.data ? norm.grad_total.row(index) : nullptr;
     for (int64_t at = 0; at < columns; at += block_size) {
       const int64_t n = columns - at < block_size ? columns - at : block_size;
-      const T* x = x_block.read(norm.x, x_row, at, n);
-      const T* grad = grad_block.read(norm.grad_y, grad_row, at, n);
+      const T* x = x_twice.again(norm.x, x_row, at, n);
+      const T* grad = grad_twice.again(norm.grad_y, grad_row, at, n);
       T* out = out_block.place(norm.grad_x, out_row, at);
       input_gradient(grad, weight + at, x, rstd, mean, out, n);
       if (total_row) {

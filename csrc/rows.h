@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "lanes.h"
 #include "step.h"
 
 namespace fusedopt {
@@ -49,8 +50,12 @@ FUSEDOPT_INLINE void scatter(const char* source, int64_t step, int64_t n, char* 
 template <class T>
 class RowBlock {
  public:
-  const T* read(const Rows& rows, char* row, int64_t start, int64_t n) {
+  const T* read(const Rows& rows, char* row, int64_t start, int64_t n) { return read(rows, row, start, n, values_); }
+
+  // In `copy` where it is one.
+  const T* read(const Rows& rows, char* row, int64_t start, int64_t n, T* copy) {
     const char* source = rows.at(row, start * rows.step);
+    if (in_place(rows)) return reinterpret_cast<const T*>(source);
     if (rows.step != 1) {
       switch (element_size(rows.storage)) {
         case 2: gather<uint16_t>(source, rows.step, n, packed_); break;
@@ -59,9 +64,8 @@ class RowBlock {
       }
       source = packed_;
     }
-    if (rows.storage == native_storage<T>) return reinterpret_cast<const T*>(source);
-    decode(rows.storage, source, nullptr, values_, n);
-    return values_;
+    decode(rows.storage, source, nullptr, copy, n);
+    return copy;
   }
 
   // Where values are to be computed; `write` then brings them into the tensor.
@@ -83,11 +87,28 @@ class RowBlock {
     }
   }
 
- private:
   static bool in_place(const Rows& rows) { return rows.step == 1 && rows.storage == native_storage<T>; }
 
+ private:
   alignas(64) T values_[block_size];
   alignas(64) char packed_[block_size * sizeof(double)];
+};
+
+// The blocks of a row for two passes over it. Copies of the first ones, as many as leave room in L1, are made once.
+template <class T>
+class RowTwice {
+ public:
+  const T* first(const Rows& rows, char* row, int64_t start, int64_t n) {
+    return start + n <= kept ? block_.read(rows, row, start, n, copies_ + start) : block_.read(rows, row, start, n);
+  }
+  const T* again(const Rows& rows, char* row, int64_t start, int64_t n) {
+    return start + n <= kept && !block_.in_place(rows) ? copies_ + start : block_.read(rows, row, start, n);
+  }
+
+ private:
+  static constexpr int64_t kept = 16384 / sizeof(T);
+  RowBlock<T> block_;
+  alignas(64) T copies_[kept];
 };
 
 // Rounds `n` values, at most block_size, to a storage format and back.
@@ -98,18 +119,6 @@ void round_to(Storage storage, T* values, int64_t n) {
   encode(storage, values, packed, nullptr, n);
   decode(storage, packed, nullptr, values, n);
 }
-
-#if defined(__AVX512F__)
-constexpr int register_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int register_bytes = 32;
-#else
-constexpr int register_bytes = 16;
-#endif
-
-// Not a typedef of a template's own type: as a template argument GCC would take that for its element.
-typedef float FloatVector __attribute__((vector_size(register_bytes)));
-typedef double DoubleVector __attribute__((vector_size(register_bytes)));
 
 // Reads the operands of one term of a sum: a register of them, or the single one of a row's end.
 template <class Value>

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._ops import CpuOps, arithmetic, as_tensor, choose_ops, glu_dtype, needs_grad
+from ._ops import CpuOps, apply_of, arithmetic, as_tensor, choose_ops, glu_dtype, needs_grad
 
 LAYOUTS = ("halves", "interleaved")
 
@@ -89,7 +89,7 @@ def glu(gate: Tensor, up: Tensor | None, kind: str, limit: float = 0.0) -> Tenso
         return reference(gate, up, kind, limit)
     if gate.ndim == 0:
         return glu(gate[None], None if up is None else up[None], kind, limit)[0]
-    return _Glu.apply(ops, gate, up, kind, limit) if needs_grad(gate, up) else ops.glu_forward(gate, up, kind, limit)
+    return _apply(ops, gate, up, kind, limit) if needs_grad(gate, up) else ops.glu_forward(gate, up, kind, limit)
 
 
 def glu_packed(x: Tensor, kind: str, layout: str, limit: float = 0.0) -> Tensor:
@@ -104,7 +104,7 @@ def glu_packed(x: Tensor, kind: str, layout: str, limit: float = 0.0) -> Tensor:
     if ops is None:
         return reference(*unpacked(x, layout), kind, limit)
     if needs_grad(x):
-        return _PackedGlu.apply(ops, x, kind, layout, limit)
+        return _apply_packed(ops, x, kind, layout, limit)
     return ops.glu_forward(*unpacked(x, layout), kind, limit)
 
 
@@ -207,6 +207,9 @@ class _PackedGlu(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         ops.glu_backward(grad_y, gate, up, kind, limit, out=unpacked(grad_x, layout))
         return None, grad_x, None, None, None
+
+
+_apply, _apply_packed = apply_of(_Glu), apply_of(_PackedGlu)
 
 
 # --- torch.compile: operators that it does not look into ---

@@ -18,18 +18,24 @@ KINDS = {"swiglu": 0, "geglu": 1, "geglu_tanh": 2, "reglu": 3, "relu2": 4, "swig
 """And of the gated linear units; csrc/glu.h."""
 
 
+_TRANSFORMED = "torch.func, forward-mode AD or torch.jit.trace is at work, which sees torch operations only"
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also after its torch.func call has ended
+
+
 class CpuOps:
     """The native module's."""
 
     def refuses(self, tensors: tuple[Tensor | None, ...]) -> str | None:
         """None where it can read and write these tensors, else the reason."""
         if _transformed():
-            return "torch.func, forward-mode AD or torch.jit.trace is at work, which sees torch operations only"
+            return _TRANSFORMED
         for tensor in tensors:
             if tensor is None:
                 continue
             if type(tensor) is not Tensor and type(tensor) is not Parameter:
                 return f"a tensor is a {type(tensor).__name__}, whose memory only torch operations can reach"
+            if _is_wrapped(tensor):
+                return _TRANSFORMED
             if not tensor.is_cpu:
                 return f"a tensor is on {tensor.device}, and the cpu backend works on the CPU"
             if tensor.dtype not in STORAGE_DTYPES:
@@ -48,9 +54,10 @@ class CpuOps:
         save: bool = True,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """y, the sum where there is a residual, and where `save` is set what the backward pass needs."""
-        y = torch.empty_like(x, dtype=out_dtype or norm_dtype(x, weight, casting))
+        dtype = out_dtype or norm_dtype(x, weight, casting)
+        y = torch.empty_like(x) if dtype is x.dtype else torch.empty_like(x, dtype=dtype)
         total = None if residual is None else torch.empty_like(x)
-        rstd = x.new_empty(x.shape[:-1], dtype=arithmetic(x, weight)) if save else None
+        rstd = _row_statistics(x, weight) if save else None
         native().rms_norm_forward(
             *(_own(x), _own(weight), _own(residual), y, total, rstd),
             *(eps, offset, CASTINGS[casting], torch.get_num_threads()),
@@ -107,10 +114,12 @@ class TritonOps(CpuOps):
         if reason := BACKENDS["triton"].unavailable():
             return reason
         if _transformed():
-            return "torch.func, forward-mode AD or torch.jit.trace is at work, which sees torch operations only"
+            return _TRANSFORMED
         for tensor in tensors:
             if tensor is None:
                 continue
+            if _is_wrapped(tensor):
+                return _TRANSFORMED
             if tensor.dtype not in STORAGE_DTYPES:
                 return f"a tensor is {tensor.dtype}; the triton backend takes float32, float64, bfloat16 and float16"
             if reason := BACKENDS["triton"].refuses(tensor.resolve_neg()):
@@ -179,7 +188,10 @@ def choose_ops(what: str, *tensors: Tensor | None) -> CpuOps | None:
     """
     requested = requested_backend()
     if requested is None:
-        return next((ops for ops in OPS.values() if ops.refuses(tensors) is None), None)
+        for ops in OPS.values():
+            if ops.refuses(tensors) is None:
+                return ops
+        return None
     if requested == "eager":
         return None
     reason = OPS[requested].refuses(tensors) if requested in OPS else "it has no such operation"
@@ -207,7 +219,24 @@ def arithmetic(x: Tensor, other: Tensor | None = None) -> torch.dtype:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # any() takes twice as long
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Any:
+    """`function.apply` without what it does for torch.func, of which `choose_ops` has found nothing at work: in most of
+    the time that an operation on a small tensor takes."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def _row_statistics(x: Tensor, weight: Tensor | None) -> Tensor:
+    """An empty tensor for a number of each row of x."""
+    rows, dtype = x.shape[:-1], arithmetic(x, weight)
+    return x.new_empty(*rows, dtype=dtype) if rows else x.new_empty((), dtype=dtype)  # a torch.Size takes twice as long
 
 
 def as_tensor(value: Tensor | None, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from ._ops import CASTINGS, CpuOps, arithmetic, as_tensor, choose_ops, needs_grad, norm_dtype
+from ._ops import CASTINGS, CpuOps, apply_of, arithmetic, as_tensor, choose_ops, needs_grad, norm_dtype
 
 
 def rms_norm(
@@ -62,7 +62,7 @@ def rms_norm(
     if ops is None:
         return reference(x, weight, eps, residual, offset, casting, out_dtype)
     if needs_grad(x, weight, residual):
-        return _RmsNorm.apply(ops, x, weight, residual, eps, offset, casting, out_dtype)
+        return _apply(ops, x, weight, residual, eps, offset, casting, out_dtype)
     y, total, _ = ops.rms_norm_forward(x, weight, residual, eps, offset, casting, out_dtype, save=False)
     return y if residual is None else (y, total)
 
@@ -148,8 +148,10 @@ class _RmsNorm(torch.autograd.Function):
         y, total, rstd = ops.rms_norm_forward(x, weight, residual, eps, offset, casting, out_dtype)
         ctx.save_for_backward(x if total is None else total, weight, rstd)
         ctx.settings = ops, eps, offset, casting
+        if total is None:
+            return y
         ctx.set_materialize_grads(False)
-        return y if total is None else (y, total)
+        return y, total
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None = None) -> tuple[Any, ...]:
@@ -169,6 +171,9 @@ class _RmsNorm(torch.autograd.Function):
             )
         wants_x, wants_residual = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         return None, grad_x if wants_x else None, grad_weight, grad_x if wants_residual else None, *[None] * 4
+
+
+_apply = apply_of(_RmsNorm)
 
 
 class RMSNorm(Module):

@@ -328,6 +328,17 @@ def test_transforms(backend: str) -> None:
     torch.testing.assert_close(traced(2 * x), llama(2 * x, weight, 1e-6))
 
 
+def test_tensors_that_outlive_a_transform() -> None:
+    """What torch.func wraps a tensor in may be kept by the caller; it has no memory of its own."""
+    kept: list[Tensor] = []
+    x, weight = values((4, 30), 1), values((30,), 2).requires_grad_()
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(x)
+    for result in (fusedopt.rms_norm(kept[0], weight), fusedopt.swiglu(kept[0], weight.expand(4, 30))):
+        (grad,) = gradients(result, (weight,), (torch.ones_like(x),))
+        assert grad.isfinite().all()
+    torch.testing.assert_close(fusedopt.rms_norm(kept[0], weight), fusedopt.rms_norm(x, weight))
+
+
 @needs_native
 def test_compile() -> None:
     """One graph with the eager results; compiled again at most once for another eps, as torch does for any number."""
