@@ -24,14 +24,17 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fusedopt._muon import Muon
 from fusedopt.binding import RULES, Rule
 from fusedopt.kernels.step import TILE, Form, fusedopt_step
 from fusedopt.optim import OPTIMIZERS
+from fusedopt.optimizer import Optimizer
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEADER = ("registers", "spilled", "shared", "loads", "stores", "instructions", "an element")
 POINTERS = {"table": "*i64", "scalars": "*fp64", "control": "*fp64", "tiles": "*i32", "tables": "*fp32"}
-KINDS = {name: kind for optimizer in OPTIMIZERS.values() for name, kind in optimizer.states.items()}
+CLASSES: tuple[type[Optimizer], ...] = (*OPTIMIZERS.values(), Muon)
+KINDS = {name: kind for optimizer in CLASSES for name, kind in optimizer.states.items()}
 
 # By name: the storage of parameter and gradient, of states, of a master copy, and whether rounding is stochastic.
 FORMATS: dict[str, tuple[str, str, str | None, bool]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from rich.table import Table
 
 from . import compare as comparison
 from . import records, report, timing
-from .micro import DEFAULT_BASELINES, Options, run_cell
-from .ops import OPS
+from .micro import Options, run_cell
+from .op import Op
+from .ops import OPS, of_all
+from .optimizer_op import OptimizerOp
 from .plot import write_chart
-from .presets import PRECISIONS, PRESETS, SERIES
-from .providers import PROVIDERS
+from .presets import SERIES, Precision
+from .row_op import PASSES, RowOp
 
 ALL = "all"
 CHARTS = (".png", ".svg", ".pdf")
@@ -59,7 +61,7 @@ def _baselines(ctx: click.Context, param: click.Parameter, values: Sequence[str]
     """Check names of providers, each of which may follow the name of an op and a colon."""
     names = [name for value in values for name in value.split(",")]
     _names(OPS)(ctx, param, [name.rpartition(":")[0] for name in names if ":" in name])
-    _names(PROVIDERS)(ctx, param, [name.rpartition(":")[2] for name in names])
+    _names(of_all("providers"))(ctx, param, [name.rpartition(":")[2] for name in names])
     return list(dict.fromkeys(names))
 
 
@@ -105,6 +107,8 @@ Examples:
   fusedopt bench adamw --preset large,many,mlp --baseline torch-fused,torch
   fusedopt bench adamw --preset large --dtype int8 --baseline torch-fused,bitsandbytes-8bit,torchao-8bit
   fusedopt bench lion --preset large --dtype int8 --baseline adamw:torch-fused
+  fusedopt bench rms_norm,swiglu --preset 4096x2048 --dtype fp32,bf16 --pass forward,backward,both
+  fusedopt bench rms_norm --preset hidden --baseline F.rms_norm,torch-compile
 
 Two runs side by side: fusedopt bench compare --help
 """
@@ -117,23 +121,32 @@ Two runs side by side: fusedopt bench compare --help
     "presets",
     multiple=True,
     metavar="NAME",
-    callback=_names([*PRESETS, *SERIES, ALL]),
-    help="Tensor shapes: mlp, many and large unless given.",
+    callback=_names([*of_all("presets"), *SERIES, ALL]),
+    help=f"Shapes. Of an optimizer {', '.join(OptimizerOp.default_presets)} unless given, of other ops "
+    f"{', '.join(RowOp.default_presets)}.",
 )
 @click.option(
     "--dtype",
     "dtypes",
     multiple=True,
     metavar="NAME",
-    callback=_names([*PRECISIONS, ALL]),
-    help="Storage of parameters, gradients and state: fp32 unless given.",
+    callback=_names([*of_all("precisions"), ALL]),
+    help="Storage of tensors, and of an optimizer's state: fp32 unless given.",
+)
+@click.option(
+    "--pass",
+    "passes",
+    multiple=True,
+    metavar="NAME",
+    callback=_names([*PASSES, ALL]),
+    help=f"Of ops that are no optimizers: {', '.join(PASSES)}; both unless given.",
 )
 @click.option(
     "--provider",
     "providers",
     multiple=True,
     metavar="NAME",
-    callback=_names(PROVIDERS),
+    callback=_names(of_all("providers")),
     help="Who contends: all that can run unless given. Baselines always do.",
 )
 @click.option(
@@ -143,7 +156,8 @@ Two runs side by side: fusedopt bench compare --help
     metavar="NAME",
     callback=_baselines,
     help="Whom to state speed-ups against, also another op's as in adamw:torch-fused: "
-    f"first of {', '.join(DEFAULT_BASELINES)} unless given.",
+    f"first of {', '.join(OptimizerOp.default_baselines)} unless given, of other ops of "
+    f"{', '.join(RowOp.default_baselines)}.",
 )
 @click.option("--device", default="cpu", show_default=True, callback=_device, help="cpu, cuda, or cuda:1 and so on.")
 @click.option("--threads", type=click.IntRange(1), help="torch.set_num_threads.")
@@ -179,6 +193,7 @@ def bench(
     ops: list[str],
     presets: list[str],
     dtypes: list[str],
+    passes: list[str],
     providers: list[str],
     baselines: list[str],
     device: torch.device,
@@ -203,12 +218,16 @@ def bench(
     are right are sampled in turn, once a round, in an order shuffled anew each round; speed-ups are medians of ratios
     within a round.
 
-    On the CPU, host time is that of a step over as many tensors of one element each: what does not depend on their
-    size. On a GPU it is the time to launch a step; the step itself is timed by the GPU's events, with other data in its
-    cache. GB/s counts what the rule must read and write, as the provider
+    On the CPU, host time is that of a step over as many tensors of one element each, of other ops over 8 elements: what
+    does not depend on their size. On a GPU it is the time to launch a step; the step itself is timed by the GPU's
+    events, with other data in its cache. GB/s counts what must be read and written at the least, as the provider
     stores it. Extra memory is what a step holds at its peak beyond what was held before. State bytes are all tensors
     that the optimizer keeps; 8-bit optimizers keep float32 state for tensors of fewer than 4096 elements. A baseline
     that cannot store things as the dtype says is measured in float32: NAME@fp32.
+
+    RMSNorm and gated units run as in training, but for `inference`: the forward pass keeps what the backward pass
+    needs, and the gradients are those of the inputs and of the weight. Saved bytes are all memory that is kept, each
+    piece once, for an element; "of it own" is what is neither an input nor a result, which others keep as well.
     """
     console = _console()
     if list_only:
@@ -229,10 +248,9 @@ def bench(
         in_loop=in_loop,
     )
     cells = [
-        (OPS[op], PRESETS[preset], PRECISIONS[dtype])
-        for op in _chosen(ops or ["adamw"], OPS)
-        for preset in _chosen(presets or ["mlp", "many", "large"], PRESETS)
-        for dtype in _chosen(dtypes or ["fp32"], PRECISIONS)
+        cell
+        for name in _chosen(ops or ["adamw"], OPS)
+        for cell in _cells(OPS[name], presets, dtypes or ["fp32"], passes or ["both"])
     ]
     run = records.Run(records.environment(device), {**dataclasses.asdict(options), "device": str(device)}, [])
     errors = Console(stderr=True)
@@ -240,7 +258,7 @@ def bench(
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("", total=len(cells))
         for done, (op, preset, precision) in enumerate(cells):
-            progress.update(task, completed=done, description=f"{op.name} · {preset.name} · {precision.name}")
+            progress.update(task, completed=done, description=f"{op.title} · {preset.name} · {precision.name}")
             show = functools.partial(_show, progress, task, done)
             run.rows += run_cell(op, preset, precision, options, show)
             if directory:
@@ -298,6 +316,26 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=180)
 
 
+def _cells(
+    op: Op, presets: Sequence[str], dtypes: Sequence[str], passes: Sequence[str]
+) -> Iterator[tuple[Op, Any, Precision]]:
+    """The op in each pass, preset and precision that it has.
+
+    Raises:
+        click.UsageError: of those asked for it has none.
+    """
+    chosen = {
+        "preset": [name for name in _chosen(presets or op.default_presets, op.presets) if name in op.presets],
+        "dtype": [name for name in _chosen(dtypes, op.precisions) if name in op.precisions],
+    }
+    for (what, found), asked, known in zip(chosen.items(), (presets, dtypes), (op.presets, op.precisions)):
+        if not found:
+            raise click.UsageError(f"{op.name} has no {what} {', '.join(asked)}; it has {', '.join(known)}")
+    parts = [op.alone(part) for part in _chosen(passes, op.passes)] if op.passes else [op]
+    for part, preset, dtype in itertools.product(parts, chosen["preset"], chosen["dtype"]):
+        yield part, op.presets[preset], op.precisions[dtype]
+
+
 def _chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
     """Names with `all` and the names of series spelled out."""
     spelled = [SERIES.get(name, known if name == ALL else (name,)) for name in names]
@@ -310,22 +348,22 @@ def _print_list(console: Console, device: torch.device) -> None:
     for op in OPS.values():
         having = [
             name
-            for name, provider in PROVIDERS.items()
-            if not all(op.lacks(provider, precision, device) for precision in PRECISIONS.values())
+            for name in op.providers
+            if not all(op.lacks(name, precision, device) for precision in op.precisions.values())
         ]
         table.add_row(op.name, ", ".join(having))
     console.print(table)
     table = Table("provider", "here", title="providers", title_justify="left")
-    for provider in PROVIDERS.values():
+    for provider in of_all("providers").values():
         table.add_row(provider.name, provider.unavailable(device) or "runs")
     console.print(table)
     table = Table("preset", "shapes", title="presets", title_justify="left")
-    for preset in PRESETS.values():
+    for preset in of_all("presets").values():
         table.add_row(preset.name, preset.about)
     for name, members in SERIES.items():
         table.add_row(name, ", ".join(members))
     console.print(table)
     table = Table("dtype", "storage", title="dtypes", title_justify="left")
-    for precision in PRECISIONS.values():
+    for precision in of_all("precisions").values():
         table.add_row(precision.name, precision.about)
     console.print(table)

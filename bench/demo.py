@@ -13,10 +13,8 @@ from typing import Any
 
 import click
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -25,7 +23,8 @@ from fusedopt.backends import choose, requested_backend
 from fusedopt.codecs import STATE_DTYPES
 from fusedopt.optim import OPTIMIZERS
 
-from .model import PHASES, SIZES, Llama, Run, english_bytes, warmup_cosine
+from .demo_report import draw, record, show, show_seeds
+from .model import SIZES, Llama, Run, english_bytes, warmup_cosine
 
 FORMAT = "fusedopt-demo"
 VERSION = 1
@@ -63,10 +62,13 @@ STATE_ROUNDING = {"bfloat16": 2**-9, "int8": 0.07}
 VALIDATION_BOUND = 0.01
 
 
-def build_runs(name: str, state_dtype: str | None, size: str, steps: int) -> tuple[list[Run], Run | None]:
+def build_runs(
+    name: str, state_dtype: str | None, size: str, steps: int, patch: bool = False
+) -> tuple[list[Run], Run | None]:
     """Runs from the same weights, of which the last two are compared; and one of torch's fused optimizer to be timed.
 
-    The usual optimizer, fusedopt's, and, where a `state_dtype` is asked for, fusedopt's with that.
+    The usual optimizer, fusedopt's, and, where a `state_dtype` is asked for, fusedopt's with that. The models of
+    fusedopt's are patched if `patch`.
     """
     cls = OPTIMIZERS[name]
     settings = SETTINGS.get(name, {})
@@ -78,7 +80,9 @@ def build_runs(name: str, state_dtype: str | None, size: str, steps: int) -> tup
         scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
         if swap:
             fusedopt.swap(optimizer)
-        return Run(label, model, optimizer, scheduler)
+        if not (patch and label.startswith("fusedopt")):
+            return Run(label, model, optimizer, scheduler)
+        return Run(f"{label} + patch", model, optimizer, scheduler, fusedopt.patch(model).report)
 
     torch_class = cls.torch_class
     if torch_class is not None:
@@ -174,6 +178,7 @@ def compare(seed: int, runs: list[Run], validation: list[float], state_dtype: st
         "validation_bound": VALIDATION_BOUND,
         # Written so that a NaN, which compares false, is no agreement.
         "same": early <= bound and (late if state_dtype in STATE_ROUNDING else abs(late)) <= VALIDATION_BOUND,
+        "model_speedup": runs[0].model_milliseconds() / after.model_milliseconds(),
         "optimizer_speedup": runs[0].milliseconds("optimizer") / after.milliseconds("optimizer"),
         "end_to_end_speedup": sum(runs[0].seconds["step"]) / sum(after.seconds["step"]),
     }
@@ -188,86 +193,6 @@ def distance(comparison: dict[str, Any]) -> str:
         f"the validation losses by {comparison['validation_relative_difference']:+.3%} "
         f"(allowed: {comparison['validation_bound']:.1%})"
     )
-
-
-def show(console: Console, runs: list[Run], timed: Run | None, validation: list[float]) -> None:
-    """Print the loss curves at ten steps, then what each run cost.
-
-    A difference is that of the last two runs, a ratio the first run's over the last's.
-    """
-    steps = len(runs[0].losses)
-    curves = Table(title="Training loss", title_justify="left")
-    for title in ("step", *(run.label for run in runs), "difference"):
-        curves.add_column(title, justify="right")
-    for step in sorted({round(i * (steps - 1) / 9) for i in range(10)}):
-        losses = [run.losses[step] for run in runs]
-        curves.add_row(str(step + 1), *(f"{loss:.6f}" for loss in losses), f"{abs(losses[-2] - losses[-1]):.1e}")
-    console.print(curves)
-
-    costs = Table(title="Cost", title_justify="left")
-    costs.add_column("", no_wrap=True)
-    for title in (*(run.label for run in runs), "ratio", *([timed.label] if timed else [])):
-        costs.add_column(title, justify="right")
-
-    def row(name: str, values: list[float], form: str, other: float | None = None) -> None:
-        others = [] if timed is None else ["" if other is None else format(other, form)]
-        costs.add_row(name, *(format(x, form) for x in values), f"{values[0] / values[-1]:.2f}", *others)
-
-    for name in PHASES:
-        other = timed.milliseconds(name) if timed and name == "optimizer" else None
-        row(f"{name}, ms a step", [run.milliseconds(name) for run in runs], ".2f", other)
-    row("end to end, s", [sum(run.seconds["step"]) for run in runs], ".1f")
-    row("optimizer state, MB", [run.state_bytes() / 1e6 for run in runs], ".1f")
-    row("state, B/param", [run.state_bytes() / run.parameter_count() for run in runs], ".3f")
-    row("validation loss", validation, ".5f")
-    console.print(costs)
-
-
-def show_seeds(console: Console, labels: list[str], comparisons: list[dict[str, Any]]) -> None:
-    """Print the validation losses of the two runs that are compared, seed by seed."""
-    table = Table(title="Validation loss", title_justify="left")
-    for title in ("seed", *labels, "difference"):
-        table.add_column(title, justify="right")
-    for comparison in comparisons:
-        losses = [f"{loss:.5f}" for loss in comparison["validation_losses"]]
-        table.add_row(str(comparison["seed"]), *losses, f"{comparison['validation_relative_difference']:+.3%}")
-    console.print(table)
-
-
-def record(run: Run, validation: float) -> dict[str, Any]:
-    """What the JSON file says of one run."""
-    return {
-        "label": run.label,
-        "losses": run.losses,
-        "validation_loss": validation,
-        "median_ms": {name: run.milliseconds(name) for name in run.seconds},
-        "seconds": sum(run.seconds["step"]),
-        "state_bytes": run.state_bytes(),
-        "state_bytes_per_parameter": run.state_bytes() / run.parameter_count(),
-    }
-
-
-def draw(path: Path, runs: list[Run]) -> None:
-    """Write the chart as PNG: the loss curves over each other, and the median step of each run by phase."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    steps = range(1, len(runs[0].losses) + 1)
-    for run, width, color in zip(runs, (3.5, 0.9, 0.9), ("#f4a582", "#053061", "#1a9850")):
-        curves.plot(steps, run.losses, label=run.label, linewidth=width, color=color)
-    curves.set(xlabel="step", ylabel="nats a byte", title="Training loss")
-    curves.legend()
-    bottoms = [0.0 for _ in runs]
-    for name, color in zip(PHASES, ("#d1d5db", "#9ca3af", "#d6604d"), strict=True):
-        heights = [run.milliseconds(name) for run in runs]
-        drawn = bars.barh([run.label for run in runs], heights, left=bottoms, label=name, color=color)
-        if name == "optimizer":
-            bars.bar_label(drawn, labels=[f" {height:.1f} ms" for height in heights])
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    bars.invert_yaxis()  # the first run on top, as in the tables
-    bars.margins(x=0.2)
-    bars.set(xlabel="median ms a step", title="Where a step goes")
-    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
-    figure.savefig(path, format="png", dpi=150)
 
 
 def writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -290,6 +215,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 EXAMPLES = """\b
 Examples:
+  fusedopt demo --patch
   fusedopt demo --optimizer Lion
   fusedopt demo --state-dtype int8
   fusedopt demo --state-dtype int8 --optimizer SGD --seeds 3
@@ -300,6 +226,7 @@ Examples:
 @click.option("--steps", type=click.IntRange(min=2), default=450, show_default=True, help="Of each run.")
 @click.option("--optimizer", type=NAME, default="AdamW", show_default=True)
 @click.option("--state-dtype", type=STORAGE, help="Train a run with this storage of state too, and compare that.")
+@click.option("--patch", is_flag=True, help="Patch RMSNorm and MLP of fusedopt's runs too, and compare with torch's.")
 @click.option("--model", "size", type=click.Choice(list(SIZES)), default="small", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and batches.")
 @click.option(
@@ -316,6 +243,7 @@ def demo(
     steps: int,
     optimizer: str,
     state_dtype: str | None,
+    patch: bool,
     size: str,
     seed: int,
     seeds: int,
@@ -327,7 +255,8 @@ def demo(
 
     All runs start from the same weights and see the same batches, on the CPU. Prints the loss curves and what
     each run cost, and draws a chart. Fails if the curves are not the same up to rounding; with --state-dtype, those
-    of fusedopt with torch's storage of state and with this one. The text is the language reference that comes with
+    of fusedopt with torch's storage of state and with this one. With --patch, fusedopt's runs have RMSNorm and the
+    gated MLP of its kernels too: all is swapped that can be. The text is the language reference that comes with
     every CPython, so nothing is downloaded.
     """
     if threads is not None:
@@ -341,7 +270,7 @@ def demo(
         """The runs, and where in the text their batches begin."""
         torch.manual_seed(seed)
         starts = torch.randint(len(text) - held_out - length, (steps, BATCH))
-        return *build_runs(optimizer, state_dtype, size, steps), starts
+        return *build_runs(optimizer, state_dtype, size, steps, patch), starts
 
     def trained(seed: int, runs: list[Run], timed: Run | None, starts: Tensor) -> tuple[list[float], dict[str, Any]]:
         """The validation losses, and how the runs compare."""
@@ -362,6 +291,8 @@ def demo(
         + (" (`fusedopt explain` says why)" if backend == "eager" else ""),
         soft_wrap=True,
     )
+    if runs[-1].patched:
+        console.print(str(runs[-1].patched), soft_wrap=True)
 
     validation, comparison = trained(seed, runs, timed, starts)
     show(console, runs, timed, validation)
@@ -391,6 +322,7 @@ def demo(
                 "optimizer": optimizer,
                 "settings": SETTINGS.get(optimizer, {}),
                 "state_dtype": state_dtype,
+                "patch": patch,
                 "model": size,
                 "seed": seed,
                 "seeds": seeds,
@@ -411,6 +343,7 @@ def demo(
         console.print(f"The same training: {distance(each)}.", soft_wrap=True)
     console.print(
         f"The optimizer is {comparison['optimizer_speedup']:.1f} times as fast, "
-        f"training as a whole {comparison['end_to_end_speedup']:.2f} times. Chart: {output}",
+        + (f"forward and backward {comparison['model_speedup']:.2f} times, " if patch else "")
+        + f"training as a whole {comparison['end_to_end_speedup']:.2f} times. Chart: {output}",
         soft_wrap=True,
     )

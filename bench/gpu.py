@@ -31,6 +31,8 @@ PROVIDERS = (
     "bitsandbytes-8bit",
     "torchao-8bit",
 )
+# Not torch-compile, which takes seconds to compile for each cell.
+ROW_PROVIDERS = ("fusedopt-triton", "torch", "F.rms_norm", "liger", "quack")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ def checking(results: Path, workers: int, sanitizer: str | None) -> Iterator[Sta
     benchmark += ["--preset", "llama1b,llama300,many,many5k", "--dtype", "fp32,mixed-int8"]
     benchmark += ["--provider", ",".join(PROVIDERS), "--baseline", "torch-fused", "--save", str(results)]
     yield Stage("benchmark", 180, benchmark)
+    rows = [*python, "fusedopt._cli", "bench", "rms_norm,add_rms_norm,swiglu", "--device", "cuda", "--seconds", "0.5"]
+    rows += ["--preset", "small,hidden256,4096x2048,hidden8192", "--dtype", "fp32,bf16", "--pass", "forward,backward"]
+    rows += ["--provider", ",".join(ROW_PROVIDERS), "--save", str(results / "norms")]
+    yield Stage("benchmark of norms", 100, rows)
     if sanitizer:
         small = [*pytest, f"{tests}/test_gpu.py", "-k", "sanitizer"]
         for tool, options in (("memcheck", ["--report-api-errors", "no"]), ("racecheck", [])):

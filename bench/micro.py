@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import timing
-from .ops import OPS, Contender, Entries, Entry, OptimizerOp
-from .presets import PRECISIONS, SERIES, Precision, Preset, elements
-from .providers import PROVIDERS
+from .op import Contender, Entries, Entry, Op
+from .ops import OPS
+from .presets import HOST_SERIES, PRECISIONS, Precision, Preset, Rows, elements
 from .records import Row
-from .timing import Spread
+from .timing import Call, Spread
 
-DEFAULT_BASELINES = ("torch-fused", "torch", "fusedopt-eager")  # the first that has the op
 # A data set smaller than this lies in a core's own caches, where "% of bandwidth" says nothing.
 MEMORY_BOUND_BYTES = 4 << 20
 
@@ -26,7 +25,7 @@ class Options:
     """How to measure.
 
     providers: all that have the op if empty; those named get a row even where they do not.
-    baselines: the first of `DEFAULT_BASELINES` that is right if empty; `adamw:torch-fused` is one of another op.
+    baselines: the first of the op's `default_baselines` that is right if empty; `adamw:torch-fused` is of another op.
     memory: bytes that a cell may use; presets drop layers to fit.
     rounds: exactly so many a cell; None: as many as fit `seconds`.
     """
@@ -53,23 +52,27 @@ class Lineup:
     absent: dict[str, str]
 
 
-def lineup(op: OptimizerOp, precision: Precision, options: Options) -> Lineup:
+def lineup(op: Op, precision: Precision, options: Options) -> Lineup:
     """A baseline that cannot store things as `precision` says is measured in float32, and so labelled."""
     found = Lineup({}, [], {})
-    for name in options.providers or PROVIDERS:
-        reason = op.lacks(PROVIDERS[name], precision, options.device)
+    for name in options.providers or op.providers:
+        reason = op.lacks(name, precision, options.device)
         if not reason:
-            found.entries[name] = Entry(op.optimizer, PROVIDERS[name], precision)
+            found.entries[name] = Entry(op, op.providers[name], precision)
         elif options.providers:
             found.absent[name] = reason
     candidates: Entries = {}
-    for name in options.baselines or DEFAULT_BASELINES:
+    for name in options.baselines or op.default_baselines:
         of, _, provider = name.rpartition(":")
-        other = OPS[of] if of else op
+        try:
+            other = OPS[of].like(op) if of else op
+        except ValueError as error:
+            found.absent[name] = str(error)
+            continue
         for label, held in ((name, precision), (f"{name}@fp32", PRECISIONS["fp32"])):
-            reason = other.lacks(PROVIDERS[provider], held, options.device)
+            reason = other.lacks(provider, held, options.device)
             if not reason:
-                candidates[label] = Entry(other.optimizer, PROVIDERS[provider], held)
+                candidates[label] = Entry(other, other.providers[provider], held)
                 break
         else:
             if options.baselines and reason:
@@ -84,15 +87,15 @@ def lineup(op: OptimizerOp, precision: Precision, options: Options) -> Lineup:
 
 
 def run_cell(
-    op: OptimizerOp,
-    preset: Preset,
+    op: Op,
+    preset: Preset | Rows,
     precision: Precision,
     options: Options,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Row]:
     """Check everyone who has `op` in `precision`, then time those who are right. A row for each, and for the absent."""
     who = lineup(op, precision, options)
-    cell = op.name, preset.name, precision.name
+    cell = op.title, preset.name, precision.name
     absent = [Row(*cell, name, status="absent", note=reason) for name, reason in who.absent.items()]
     if not who.entries:
         return absent
@@ -100,7 +103,7 @@ def run_cell(
         gc.collect()  # the last cell's tensors, which may be most of the GPU's memory
     # Beside the contenders: the data they start from, the bandwidth buffer, and what a step allocates.
     held = max(map(op.held_bytes, who.entries.values()))
-    shapes, scaled = preset.fit(options.memory / (held * (len(who.entries) + 2)))
+    shapes, scaled = op.shapes(preset, options.memory / (held * (len(who.entries) + 2)), options.device)
     total = elements(shapes)
     contenders = op.contenders(who.entries, shapes, options.device, options.seed)
     right = {label: contender for label, contender in contenders.items() if not contender.wrong}
@@ -116,26 +119,31 @@ def run_cell(
         if contender.wrong:
             row.status = "wrong"
         else:
-            _fill(row, contender, samples, moved, options.device)
+            _fill(row, contender, samples, moved, options.device, op.bandwidth[options.device.type])
             row.speedups = {name: _ratios(samples["step", name], samples["step", label]) for name in baselines}
         rows.append(row)
     return rows + absent
 
 
-def _fill(row: Row, contender: Contender, samples: Samples, moved: dict[str, int], device: torch.device) -> None:
-    """Put the measurements of `contender` in its row."""
+def _fill(
+    row: Row, contender: Contender, samples: Samples, moved: dict[str, int], device: torch.device, bandwidth: str
+) -> None:
+    """Put the measurements of `contender` in its row. bandwidth: the kind that its own is a part of."""
     times = samples["step", row.provider]
     row.rounds = len(times)
     row.seconds = Spread.of(times)
     row.host_seconds = Spread.of(samples["host", row.provider])
     row.bytes_per_param = contender.moved_bytes / row.elements
     row.bytes_per_second = contender.moved_bytes / row.seconds.median
-    row.state_bytes_per_param = contender.state_bytes / row.elements
-    row.peak_extra_bytes = timing.peak_extra_bytes(contender.step, device)
+    if contender.state_bytes is not None:
+        row.state_bytes_per_param = contender.state_bytes / row.elements
+    row.figures = contender.figures
+    row.peak_extra_bytes = timing.peak_extra_bytes(*contender.step, device=device)
     row.bandwidth = {name: moved[name] / Spread.of(samples["bandwidth", name]).median for name in moved}
     if contender.moved_bytes >= MEMORY_BOUND_BYTES:
-        row.bandwidth_used = used = "in-place" if device.type == "cpu" else "copy"
-        row.bandwidth_fraction = _ratios(samples["bandwidth", used], times).median * contender.moved_bytes / moved[used]
+        row.bandwidth_used = bandwidth
+        of = _ratios(samples["bandwidth", bandwidth], times).median
+        row.bandwidth_fraction = of * contender.moved_bytes / moved[bandwidth]
 
 
 def _sample(
@@ -146,28 +154,33 @@ def _sample(
     bandwidth, moved = timing.bandwidth_samplers(nbytes, options.device)
     samplers = {("bandwidth", name): sampler for name, sampler in bandwidth.items()}
     for label, contender in contenders.items():
-        host_step = contender.host_step or contender.step
-        samplers["step", label] = timing.device_sampler(contender.step, options.device, before)
-        samplers["host", label] = timing.host_sampler(host_step, options.device)
+        host, step = contender.host_step or contender.step, contender.step
+        samplers["step", label] = timing.device_sampler(step.call, options.device, _both(before, step.before))
+        samplers["host", label] = timing.host_sampler(host.call, options.device, host.before)
     samples = timing.interleave(
         samplers, rounds=options.rounds, seconds=options.seconds, seed=options.seed, progress=progress
     )
     return samples, moved
 
 
+def _both(first: Call | None, second: Call | None) -> Call | None:
+    if first is None or second is None:
+        return first or second
+    return lambda: (first(), second())
+
+
 def host_costs(rows: Sequence[Row]) -> list[tuple[Row, float]]:
-    """Seconds that one more tensor costs, elements being equal: from the first and the last preset of each series.
+    """Seconds that one more tensor costs, elements being equal: from the first and the last preset of `HOST_SERIES`.
 
     Each comes with the row of the last preset.
     """
     timed = {row.key: row for row in rows if row.seconds}
     costs = []
-    for members in SERIES.values():
-        for row in timed.values():
-            first = timed.get((row.op, members[0], row.dtype, row.provider))
-            if row.preset == members[-1] and first and row.seconds and first.seconds:
-                more = row.tensors - first.tensors
-                costs.append((row, (row.seconds.median - first.seconds.median) / more))
+    for row in timed.values():
+        first = timed.get((row.op, HOST_SERIES[0], row.dtype, row.provider))
+        if row.preset == HOST_SERIES[-1] and first and row.seconds and first.seconds:
+            more = row.tensors - first.tensors
+            costs.append((row, (row.seconds.median - first.seconds.median) / more))
     return costs
 
 

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from fusedopt._patch import Report
+
 PHASES = ("forward", "backward", "optimizer")
+EPS = 1e-6  # of the norms: Llama's
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,6 @@ SIZES = {
     "tiny": ModelConfig(dim=32, layers=2, heads=2, hidden=88, context=32),
     "small": ModelConfig(dim=256, layers=6, heads=8, hidden=688, context=128),
 }
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, with a learned gain."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
 
 
 def rotary_angles(context: int, head_dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -91,9 +83,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=EPS)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.dim)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=EPS)
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -112,7 +104,7 @@ class Llama(nn.Module):
         self.context = config.context
         self.embedding = nn.Embedding(config.vocabulary, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim)
+        self.norm = nn.RMSNorm(config.dim, eps=EPS)
         self.head = nn.Linear(config.dim, config.vocabulary, bias=False)
         cos, sin = rotary_angles(config.context, config.dim // config.heads)
         self.register_buffer("cos", cos, persistent=False)
@@ -156,12 +148,16 @@ def warmup_cosine(step: int, steps: int) -> float:
 
 @dataclass
 class Run:
-    """One model in training, with the record of its steps: losses, and seconds by phase."""
+    """One model in training, with the record of its steps: losses, and seconds by phase.
+
+    patched: what `fusedopt.patch` says of the model, where it is patched.
+    """
 
     label: str
     model: Llama
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
+    patched: Report | None = None
     losses: list[float] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (*PHASES, "step")})
 
@@ -197,6 +193,10 @@ class Run:
     def milliseconds(self, name: str) -> float:
         """Median over the steps."""
         return 1e3 * median(self.seconds[name])
+
+    def model_milliseconds(self) -> float:
+        """Of forward and backward."""
+        return self.milliseconds("forward") + self.milliseconds("backward")
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())

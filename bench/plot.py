@@ -49,10 +49,11 @@ def _draw(axis: Axes, panel: Sequence[tuple[Row, Spread]]) -> None:
     colors = [OURS if name.startswith("fusedopt") else PEER for name in names]
     axis.barh(names, times, xerr=whiskers, color=colors, ecolor="#333333", capsize=2)
     for index, (member, spread) in enumerate(panel):
-        words = f" {duration(spread.median)}, {member.state_bytes_per_param:.2f} B"
+        state = member.state_bytes_per_param
+        words = f" {duration(spread.median)}" + ("" if state is None else f", {state:.2f} B")
         axis.annotate(words, (1e3 * spread.p80, index), va="center", fontsize=8)
     axis.margins(x=0.35)
     axis.invert_yaxis()
-    axis.set_xlabel("ms a step; bytes of state a parameter")
+    axis.set_xlabel("ms" if row.state_bytes_per_param is None else "ms a step; bytes of state a parameter")
     axis.set_title(f"{row.op} · {row.preset} · {row.dtype}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""What is measured: lists of tensor shapes, and the storage formats of parameters, gradients and state."""
+"""What is measured: lists of tensor shapes, rows of a hidden size, and storage formats of tensors and state."""
 
 from __future__ import annotations
 
@@ -97,8 +97,43 @@ PRESETS = {
     )
 }
 
-# The members of a series hold the same elements in ever more tensors: their times differ by the host's cost per tensor.
-SERIES = {"host": ("host100", "host1000", "host10000")}
+# The members hold the same elements in ever more tensors: their times differ by the host's cost per tensor.
+HOST_SERIES = ("host100", "host1000", "host10000")
+
+CELL_ELEMENTS = {"cpu": 8 << 20, "cuda": 64 << 20}  # of rows of any size: far more than a cache holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A tensor of rows of `hidden` elements; of as many as make `CELL_ELEMENTS` if `rows` is None."""
+
+    name: str
+    about: str
+    hidden: int
+    rows: int | None = None
+
+    def fit(self, max_elements: float, device: str) -> tuple[list[Shape], str]:
+        """The shape, of at most `max_elements` elements but one row at least, and what was left out ("" if nothing)."""
+        rows = self.rows or max(1, CELL_ELEMENTS[device] // self.hidden)
+        room = max(1, int(max_elements) // self.hidden)
+        return [(min(room, rows), self.hidden)], "" if rows <= room else f"{room} of {rows} rows"
+
+
+def _hidden(size: int) -> Rows:
+    return Rows(f"hidden{size}", f"rows of {size} elements, 8M in all, on a GPU 64M", size)
+
+
+ROWS = {
+    rows.name: rows
+    for rows in (
+        Rows("small", "8 rows of 256", 256, 8),
+        Rows("4096x2048", "4096 rows of 2048: 8M elements", 2048, 4096),
+        # Also odd ones, and the MLPs' of Llama 2 and 3, 11008 and 14336.
+        *map(_hidden, (63, 64, 256, 768, 1000, 1024, 2048, 4096, 4097, 8192, 11_008, 14_336, 16_384, 65_536)),
+    )
+}
+
+SERIES = {"host": HOST_SERIES, "hidden": tuple(name for name in ROWS if name.startswith("hidden"))}
 
 
 @dataclasses.dataclass(frozen=True)

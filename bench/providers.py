@@ -1,4 +1,4 @@
-"""Who can do the work: fusedopt's backends, torch's own implementations, and peers where they are installed."""
+"""Who has optimizers: fusedopt's backends, torch's own implementations, and peers where they are installed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import fusedopt.backends
 import fusedopt.optim
 
+from .op import Provider, failure
 from .presets import Precision
 
 Params = list[torch.nn.Parameter]
@@ -23,21 +24,18 @@ Settings = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Provider:
+class OptimizerProvider(Provider):
     """An implementation of optimizers. `op` below is a class name of `fusedopt.optim.OPTIMIZERS`.
 
-    unavailable(device) -> why it cannot step tensors there, or None.
     lacks(op, precision) -> why it has no such optimizer in this precision, or None.
     make(op, params, settings, precision) -> the optimizer.
     """
 
-    name: str
-    unavailable: Callable[[torch.device], str | None]
     lacks: Callable[[str, Precision], str | None]
     make: Callable[[str, Params, Settings, Precision], torch.optim.Optimizer]
 
 
-def _fusedopt(backend: str) -> Provider:
+def _fusedopt(backend: str) -> OptimizerProvider:
     def make(op: str, params: Params, settings: Settings, precision: Precision) -> torch.optim.Optimizer:
         state = None if precision.state == precision.param else str(precision.state).removeprefix("torch.")
         state = "int8" if precision.lossy else state
@@ -47,10 +45,10 @@ def _fusedopt(backend: str) -> Provider:
         chosen = fusedopt.backends.BACKENDS[backend]
         return chosen.unavailable() or chosen.refuses(torch.empty(1, device=device))
 
-    return Provider(f"fusedopt-{backend}", unavailable, lambda op, precision: None, make)
+    return OptimizerProvider(f"fusedopt-{backend}", unavailable, lambda op, precision: None, make)
 
 
-def _torch(name: str, **flags: bool) -> Provider:
+def _torch(name: str, **flags: bool) -> OptimizerProvider:
     def lacks(op: str, precision: Precision) -> str | None:
         cls = fusedopt.optim.OPTIMIZERS[op].torch_class
         if cls is None:
@@ -64,23 +62,13 @@ def _torch(name: str, **flags: bool) -> Provider:
         cls: Any = fusedopt.optim.OPTIMIZERS[op].torch_class
         return cls(params, **settings, **flags)
 
-    return Provider(name, lambda device: None, lacks, make)
+    return OptimizerProvider(name, lambda device: None, lacks, make)
 
 
 def _peer(
     name: str, module: str, package: str, ops: Iterable[str], precisions: Iterable[str], suffix: str = "", **extra: Any
-) -> Provider:
+) -> OptimizerProvider:
     """A library whose `module` has a class `op + suffix` for each of `ops`; `extra` is given to each."""
-
-    def unavailable(device: torch.device) -> str | None:
-        try:
-            with _quiet():
-                importlib.import_module(module)
-        except ModuleNotFoundError:
-            return f"pip install {package}"
-        except Exception as error:  # a peer that does not load is no reason for the others not to run
-            return f"{type(error).__name__}: {error}"
-        return None
 
     def lacks(op: str, precision: Precision) -> str | None:
         if op not in ops:
@@ -92,7 +80,19 @@ def _peer(
         known = inspect.signature(cls).parameters
         return cls(params, **{key: value for key, value in settings.items() if key in known}, **extra)
 
-    return Provider(name, unavailable, lacks, make)
+    return OptimizerProvider(name, lambda device: not_loaded(module, package), lacks, make)
+
+
+def not_loaded(module: str, package: str) -> str | None:
+    """Why `module` cannot be imported, and what to install for it; or None."""
+    try:
+        with _quiet():
+            importlib.import_module(module)
+    except ModuleNotFoundError:
+        return f"pip install {package}"
+    except Exception as error:  # a peer that does not load is no reason for the others not to run
+        return failure(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _providers() -> Iterable[Provider]:
+def _providers() -> Iterable[OptimizerProvider]:
     yield from map(_fusedopt, fusedopt.backends.BACKENDS)
     yield _torch("torch")
     yield _torch("torch-foreach", foreach=True)

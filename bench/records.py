@@ -27,16 +27,19 @@ SCHEMA = 1  # of the JSON file; raised whenever a field changes its name or mean
 
 @dataclasses.dataclass
 class Row:
-    """One provider in one cell. Times are seconds a step; what was not measured is None.
+    """One provider in one cell. Times are seconds a step, or a call; what was not measured is None.
 
+    op: its title, as "rms_norm backward" where a pass is measured alone.
     provider: its name; of a baseline that is measured in float32 in a cell of another dtype NAME@fp32, and of one of
         another op OP:NAME.
     status: "ok"; "wrong": its results are not the reference's, or it fails; "absent": asked for, but it has no such op.
         `note` says more; only those that are "ok" are timed.
     scaled: what was left out of the preset for want of memory, or "".
     host_seconds: on the CPU a step over as many tensors of one element, on a GPU the time to launch a step.
+    bytes_per_param: for each of `elements`, the least that must be read and written.
     bandwidth_used: the one of `bandwidth` (bytes/s, measured in the same rounds) that `bandwidth_fraction` is of.
     speedups: for each baseline, how many times its time this one's goes into it: medians of ratios round by round.
+    figures: what else there is to say, by the name of the column in the table.
     error, error_limit: distance to the float64 reference, in units in the last place (8-bit state: of the whole step).
     """
 
@@ -60,6 +63,7 @@ class Row:
     state_bytes_per_param: float | None = None
     peak_extra_bytes: int | None = None
     speedups: dict[str, Spread] = dataclasses.field(default_factory=dict)
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
     error: float | None = None
     error_limit: float | None = None
 

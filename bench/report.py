@@ -62,14 +62,16 @@ def cells(rows: Sequence[Row]) -> Iterator[Cell]:
     for (op, preset, dtype), group in itertools.groupby(rows, key=lambda row: row.key[:3]):
         members = list(group)
         first = members[0]
-        size = f" · {first.elements:,} elements in {first.tensors:,} tensors" if first.elements else ""
+        size = f" · {first.elements:,} elements" if first.elements else ""
+        size += f" in {first.tensors:,} tensors" if first.tensors > 1 else ""
         scaled = f" ({first.scaled})" if first.scaled else ""
         against = list(dict.fromkeys(name for row in members for name in row.speedups))
         step_unit = _unit([row.seconds.median for row in members if row.seconds])
         host_unit = _unit([row.host_seconds.median for row in members if row.host_seconds])
-        header = ["provider", f"step {step_unit[0]}", "p20–p80", f"host {host_unit[0]}", "GB/s", "% of bw"]
-        header += ["state B/param", "extra MiB", *(f"× {name}" for name in against), "check"]
-        lines = [(row, _words(row, step_unit[1], host_unit[1], against)) for row in members]
+        figures = list(dict.fromkeys(name for row in members for name in _figures(row)))
+        header = ["provider", f"time {step_unit[0]}", "p20–p80", f"host {host_unit[0]}", "GB/s", "% of bw"]
+        header += [*figures, "extra MiB", *(f"× {name}" for name in against), "check"]
+        lines = [(row, _words(row, step_unit[1], host_unit[1], figures, against)) for row in members]
         yield Cell(f"{op} · {preset}{scaled} · {dtype}{size}", _caption(members), header, lines)
 
 
@@ -86,9 +88,15 @@ def host_cost_lines(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _words(row: Row, step_scale: float, host_scale: float, against: Sequence[str]) -> list[str]:
+def _figures(row: Row) -> dict[str, float]:
+    """Of the columns that only some ops have."""
+    state = row.state_bytes_per_param
+    return row.figures if state is None else {"state B/param": state, **row.figures}
+
+
+def _words(row: Row, step_scale: float, host_scale: float, figures: Sequence[str], against: Sequence[str]) -> list[str]:
     if not row.seconds or not row.host_seconds:
-        return [row.provider, *[NONE] * (7 + len(against)), f"{row.status}: {row.note}"]
+        return [row.provider, *[NONE] * (6 + len(figures) + len(against)), f"{row.status}: {row.note}"]
     return [
         row.provider,
         _digits(row.seconds.median / step_scale),
@@ -96,7 +104,7 @@ def _words(row: Row, step_scale: float, host_scale: float, against: Sequence[str
         _digits(row.host_seconds.median / host_scale),
         _optional(row.bytes_per_second, ".1f", 1e9),
         _optional(row.bandwidth_fraction, ".0%"),
-        _optional(row.state_bytes_per_param, ".2f"),
+        *[_optional(_figures(row).get(name), ".2f") for name in figures],
         _optional(row.peak_extra_bytes, ".1f", 2**20),
         *[_optional(row.speedups[name].median, ".2f") if name in row.speedups else NONE for name in against],
         f"right, {row.note}" if row.note else "right",

@@ -172,29 +172,35 @@ def training_interlude(device: torch.device, seed: int) -> Call:
     return forward_backward
 
 
-def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
+def peak_extra_bytes(call: Call, before: Call | None = None, *, device: torch.device) -> int | None:
     """Memory that `call` holds at its peak beyond what was held before it; the least of three measurements.
+
+    `before`, if given, runs ahead of each call, and what it leaves is held before.
 
     On CUDA: of torch's allocator. On Linux: of the process's resident memory, whoever allocates it; free memory is
     handed back first, so that reusing it counts. Pages are counted, so a few 100 kB are noise. Elsewhere None.
     """
     if device.type == "cuda":
+        if before:
+            before()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - held
     try:
-        return min(_resident_growth(call) for _ in range(3))
+        return min(_resident_growth(call, before) for _ in range(3))
     except (OSError, AttributeError):  # no writable /proc/self/clear_refs, or a libc without malloc_trim
         return None
 
 
-def _resident_growth(call: Call) -> int:
+def _resident_growth(call: Call, before: Call | None) -> int:
+    if before:
+        before()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # 5: reset the high-water mark
-    before = _status("VmRSS")
+    held = _status("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, _status("VmHWM") - held)
 
 
 def _status(field: str) -> int:

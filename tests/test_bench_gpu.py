@@ -22,6 +22,7 @@ from fusedopt.bench import gpu, micro, records, timing
 from fusedopt.bench.presets import PRESETS, Preset, elements
 from fusedopt.bench.providers import PROVIDERS
 from fusedopt.bench.records import Run
+from fusedopt.bench.row_providers import PROVIDERS as ROW_PROVIDERS
 
 ROOT = Path(__file__).parent.parent
 TINY = Preset("tiny", "a few small tensors", 3, ((3, 5), (7,)), outer=((64,),))
@@ -286,6 +287,7 @@ def test_every_command_of_it_is_one_there_is() -> None:
 def test_every_gpu_backend_contends() -> None:
     backends = {f"fusedopt-{name}" for name in fusedopt.backends.BACKENDS} - {"fusedopt-cpu", "fusedopt-eager"}
     assert backends <= set(gpu.PROVIDERS) <= set(PROVIDERS)
+    assert set(gpu.ROW_PROVIDERS) == set(ROW_PROVIDERS) - {"fusedopt-cpu", "fusedopt-eager", "torch-compile"}
 
 
 def test_all_of_it_takes_less_than_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,51 @@ def test_state_bytes_of_int8(tmp_path: Path) -> None:
     assert run["state_bytes_per_parameter"] == run["state_bytes"] / parameters
 
 
+def test_patch_swaps_the_model_too(tmp_path: Path) -> None:
+    result = results(tmp_path, "--patch")
+    first, second = result["runs"]
+    assert [first["label"], second["label"]] == ["torch AdamW", "fusedopt + patch"]
+    assert (first["patched"], second["patched"]) == ({}, {"rms_norm": 5, "swiglu": 2})  # two layers, and the last norm
+    assert result["comparison"]["same"] and result["comparison"]["max_loss_difference"] < 1e-5
+    milliseconds = [run["median_ms"]["forward"] + run["median_ms"]["backward"] for run in (first, second)]
+    assert result["comparison"]["model_speedup"] == pytest.approx(milliseconds[0] / milliseconds[1])
+    assert result["config"]["patch"] and not results(tmp_path)["config"]["patch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels"),
+    [
+        (["--state-dtype", "int8"], ["torch AdamW", "fusedopt + patch", "fusedopt int8 + patch"]),
+        (["--optimizer", "Lion"], ["eager", "fusedopt + patch"]),
+    ],
+)
+def test_all_but_the_first_run_are_patched(tmp_path: Path, arguments: list[str], labels: list[str]) -> None:
+    runs = results(tmp_path, "--patch", *arguments)["runs"]
+    assert [run["label"] for run in runs] == labels
+    assert [bool(run["patched"]) for run in runs] == [label != labels[0] for label in labels]
+
+
+def test_says_what_is_patched(tmp_path: Path) -> None:
+    output = run(tmp_path, "--patch").output
+    for words in ("patched: 7", "2 x blocks.*.mlp_norm", "swiglu, layout separate", "left: 0", "forward and backward"):
+        assert words in output
+    assert "patched:" not in run(tmp_path).output
+
+
+def test_notices_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patch(model: torch.nn.Module) -> Any:
+        for module in model.modules():
+            if isinstance(module, torch.nn.RMSNorm):
+                module.eps = 1e-3
+        return original(model)
+
+    original = fusedopt.patch
+    monkeypatch.setattr(fusedopt, "patch", patch)
+    result = run(tmp_path, "--patch", "--steps", str(FIRST_STEPS))
+    assert result.exit_code == 1
+    assert "not the same training" in result.output
+
+
 def test_state_dtype_where_torch_has_no_such_optimizer(tmp_path: Path) -> None:
     result = results(tmp_path, "--optimizer", "Lion", "--state-dtype", "int8")
     assert [run["label"] for run in result["runs"]] == ["fusedopt", "fusedopt int8"]
