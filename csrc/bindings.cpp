@@ -12,6 +12,7 @@ using namespace fusedopt;
 
 namespace fusedopt {
 void bind_cuda(py::module_&);
+void bind_matmul(py::module_&);
 }
 
 namespace {
@@ -149,6 +150,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("max_scalars") = max_scalars;
   module.def("norm", &norm_of_grads, py::arg("grads"), py::arg("threads"), "The norm of these tensors together.");
   bind_ops(module);
+  bind_matmul(module);
   module.def("instruction_sets", &instruction_sets, "Those this machine runs, best first.");
   module.def("instruction_set", [] { return kernels()->name; }, "The one in use.");
   module.def(

@@ -57,6 +57,11 @@ struct RowKernels {
   void (*const* glu_backward)(const Glu&, int64_t begin, int64_t end);
 };
 
+// That of matmul.h: computes one tile of a product.
+struct Matmul;
+struct MatmulTile;
+using MatmulKernel = void (*)(const Matmul&, int64_t batch, const MatmulTile&, float* workspace);
+
 // The kernels of one instruction set, in the order of FUSEDOPT_RULES.
 struct Kernels {
   const char* name;
@@ -65,6 +70,7 @@ struct Kernels {
   SquareSums square_sums;
   RowKernels<float> rows_in_float32;
   RowKernels<double> rows_in_float64;
+  MatmulKernel matmul;
 };
 
 namespace {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../glu.h"
+#include "../matmul_kernel.h"
 #include "../norm.h"
 #include "../rms_norm.h"
 
@@ -30,5 +31,5 @@ constexpr RowKernels<T> row_kernels = {rms_norm_forward<T>, rms_norm_backward<T>
   static const UpdateRange float64_kernels[] = {FUSEDOPT_RULES(FUSEDOPT_FLOAT64)};                                    \
   extern const Kernels ISA##_kernels;                                                                               \
   const Kernels ISA##_kernels = {#ISA,        float32_kernels,    float64_kernels,                                   \
-                                 square_sums, row_kernels<float>, row_kernels<double>};                             \
+                                 square_sums, row_kernels<float>, row_kernels<double>, matmul_tile<Float32>};       \
   }

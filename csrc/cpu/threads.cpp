@@ -105,6 +105,7 @@ const char* thread_runtime() {
 }
 
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels, neon_kernels;
+extern const MatmulKernel avx512_bf16_matmul;
 
 const Kernels* const* available_kernels() {
   static const Kernels* available[4] = {};
@@ -125,6 +126,14 @@ const Kernels* const* available_kernels() {
 #endif
   }
   return available;
+}
+
+MatmulKernel bfloat16_matmul() {
+#if defined(FUSEDOPT_AVX512_BF16)
+  const bool avx512 = available_kernels()[0] == &avx512_kernels;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16_matmul;
+#endif
+  return nullptr;
 }
 
 }  // namespace fusedopt

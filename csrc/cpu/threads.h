@@ -15,4 +15,7 @@ const char* thread_runtime();
 // The instruction sets that this machine runs, best first; ends with a null pointer.
 const Kernels* const* available_kernels();
 
+// Operands rounded to bfloat16, sums in float32; none where this machine has no instruction for that.
+MatmulKernel bfloat16_matmul();
+
 }  // namespace fusedopt
