@@ -21,7 +21,9 @@ from fusedopt.kernels.step import fusedopt_step  # noqa: E402
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", ["interpreted.py", "gpu_on_cpu.py", "interpreted_norms.py"])
+@pytest.mark.parametrize(
+    "name", ["interpreted.py", "gpu_on_cpu.py", "interpreted_norms.py", "interpreted_symmetric.py"]
+)
 def test_under_the_interpreter(name: str, request: pytest.FixtureRequest) -> None:
     file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
