@@ -306,8 +306,54 @@ struct ademamix {
   }
 };
 
+// Muon's momentum (Jordan et al., 2024): what is to be orthogonalized; `blend` is w1 for Nesterov's, else 0.
+struct muon_momentum {
+  static constexpr const char* name = "muon_momentum";
+  static constexpr int states = 2, scalars = 2;
+  template <class T>
+  FUSEDOPT_INLINE static void apply(T&, T g, T* state, const T* scalar) {
+    T momentum_buffer = state[0];
+    T update = state[1];
+    const T w1 = scalar[0];
+    const T blend = scalar[1];
+    momentum_buffer = momentum_buffer + w1 * (g - momentum_buffer);
+    update = momentum_buffer + blend * (g - momentum_buffer);
+    state[0] = momentum_buffer;
+    state[1] = update;
+  }
+};
+
+// Muon's step by an orthogonalized update.
+struct muon {
+  static constexpr const char* name = "muon";
+  static constexpr int states = 1, scalars = 2;
+  template <class T>
+  FUSEDOPT_INLINE static void apply(T& p, T, T* state, const T* scalar) {
+    T update = state[0];
+    const T decay = scalar[0];
+    const T step_size = scalar[1];
+    p = p * decay - step_size * update;
+    state[0] = update;
+  }
+};
+
+// Muon's step with cautious weight decay (Chen et al., arXiv:2510.12402): none where the step grows p.
+struct muon_cautious {
+  static constexpr const char* name = "muon_cautious";
+  static constexpr int states = 1, scalars = 2;
+  template <class T>
+  FUSEDOPT_INLINE static void apply(T& p, T, T* state, const T* scalar) {
+    T update = state[0];
+    const T decay = scalar[0];
+    const T step_size = scalar[1];
+    p = where(update * p < T(0), p, p * decay) - step_size * update;
+    state[0] = update;
+  }
+};
+
 }  // namespace fusedopt
 
 #define FUSEDOPT_RULES(X) \
   X(sgd) X(sgd_momentum) X(adagrad) X(rmsprop) X(rmsprop_momentum) X(rmsprop_centered) \
-  X(rmsprop_centered_momentum) X(lion) X(adam) X(amsgrad) X(adamax) X(nadam) X(radam) X(ademamix)
+  X(rmsprop_centered_momentum) X(lion) X(adam) X(amsgrad) X(adamax) X(nadam) X(radam) X(ademamix) \
+  X(muon_momentum) X(muon) X(muon_cautious)

@@ -3,7 +3,10 @@
 from . import optim
 from ._clip import clip_grad_norm_
 from ._embedding import StableEmbedding
+from ._gated_norm import gated_rms_norm
 from ._glu import geglu, reglu, relu2, swiglu, swiglu_oai, swiglu_packed
+from ._muon import Muon
+from ._orthogonalize import orthogonalize
 from ._patch import patch
 from ._rms_norm import RMSNorm, rms_norm
 from ._swap import swap
@@ -44,6 +47,7 @@ __all__ = [
     "Adamax",
     "Lion",
     "Lion8bit",
+    "Muon",
     "NAdam",
     "Optimizer",
     "RAdam",
@@ -55,8 +59,10 @@ __all__ = [
     "__version__",
     "clip_grad_norm_",
     "explain",
+    "gated_rms_norm",
     "geglu",
     "optim",
+    "orthogonalize",
     "patch",
     "reglu",
     "relu2",

@@ -33,7 +33,7 @@ _PLANNED_OPTIONS = ("maximize", "state_dtype", "master", "rounding", "capturable
 
 
 @dataclass
-class _Entry:
+class Entry:
     """A parameter that takes part in this step."""
 
     group: int
@@ -72,6 +72,10 @@ class Stepper(torch.optim.Optimizer):
     def advance(self, group: Group, step: Number) -> tuple[Number, ...]:
         """The counters of the coming step from those of the last."""
         return (step + 1,)
+
+    def counted(self, group: Group) -> Mapping[str, float]:
+        """The counters of this group's parameters."""
+        return self.counters
 
     def initial(self, name: str) -> float:
         """The first value of a state."""
@@ -125,6 +129,16 @@ class Stepper(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def _update(self, grad_scale: float, scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        self._pass(grad_scale, scale, found_inf)
+        for group in self.param_groups:
+            if group["rounding"] == "stochastic" and not self._is_captured(group):
+                group["rounding_step"] = int(group.get("rounding_step", 0)) + 1
+            elif group["rounding"] == "stochastic":
+                drawn = 1 if found_inf is None else (found_inf == 0).to(group["rounding_step"], non_blocking=True)
+                group["rounding_step"].add_(drawn)
+
+    def _pass(self, grad_scale: float, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Apply the rules, once to every parameter that has a gradient."""
         if self.counters and is_capturing() and not all(map(self._is_captured, self.param_groups)):
             raise RuntimeError(_checks.not_capturable(type(self).__name__))
         requested = self._backend or requested_backend()
@@ -151,12 +165,6 @@ class Stepper(torch.optim.Optimizer):
         if not (fits and self._run(self._plan, step)):
             self._plan = None
             self._replan(form, requested, step)
-        for group in self.param_groups:
-            if group["rounding"] == "stochastic" and not self._is_captured(group):
-                group["rounding_step"] = int(group.get("rounding_step", 0)) + 1
-            elif group["rounding"] == "stochastic":
-                drawn = 1 if found_inf is None else (found_inf == 0).to(group["rounding_step"], non_blocking=True)
-                group["rounding_step"].add_(drawn)
 
     def _draw(self, group: Group) -> tuple[int, int]:
         """What stochastic rounding draws from; of a captured step the keys are computed on the device."""
@@ -164,7 +172,7 @@ class Stepper(torch.optim.Optimizer):
 
     def _is_captured(self, group: Group) -> bool:
         """Whether steps count on the device. A class that counts nothing has nothing to keep there."""
-        return bool(group.get("capturable") and self.counters)
+        return bool(group.get("capturable") and self.counted(group))
 
     def _run(self, plans: list[Plan] | None, step: Step) -> bool:
         """False where a plan does not fit."""
@@ -226,7 +234,8 @@ class Stepper(torch.optim.Optimizer):
         seen = set()
         for entry in entries:
             if entry.param in seen and entry.counters is not None:
-                entry.counters = self._count(self.state.get(entry.param, {}), entry.rule, entry.what)
+                group = self.param_groups[entry.group]
+                entry.counters = self._count(self.state.get(entry.param, {}), group, entry.what)
             seen.add(entry.param)
             self._run_once([entry], step)
 
@@ -244,7 +253,7 @@ class Stepper(torch.optim.Optimizer):
         lists = isinstance(self.state, dict) and type(self.param_groups) is list
         return lists and all(type(group["params"]) is list for group in self.param_groups)
 
-    def _run_once(self, entries: list[_Entry], step: Step) -> None:
+    def _run_once(self, entries: list[Entry], step: Step) -> None:
         """A step of these parameters alone, each on its own backend."""
         planned = [entry for entry in entries if entry.backend.plans]
         if planned:
@@ -278,12 +287,12 @@ class Stepper(torch.optim.Optimizer):
         if on_gpu:
             increment_version([entry.param for _, entry in updates if isinstance(entry.backend, Gpu)])
         for (_, advanced), entry in counted:
-            for name, value in zip(self.counters, advanced):
+            for name, value in zip(self.counted(self.param_groups[entry.group]), advanced):
                 self.state[entry.param][name].fill_(value)
         if self.zero_grads:
             _zero_grads([entry.param for entry in others])
 
-    def _make_plans(self, entries: list[_Entry], groups: list[Group] | None = None) -> list[Plan]:
+    def _make_plans(self, entries: list[Entry], groups: list[Group] | None = None) -> list[Plan]:
         """A plan for each backend among these. The CPU's is the first, since a plan for GPUs does not wait.
 
         Args:
@@ -323,7 +332,7 @@ class Stepper(torch.optim.Optimizer):
             maximize=bool(group.get("maximize", False)),
             states=list(rule.states),
             is_signed=[self.states[name] == "signed" for name in rule.states],
-            counters=[] if captured else list(self.counters),
+            counters=[] if captured else list(self.counted(group)),
             has_master=group["master"] is not None,
             stochastic=group["rounding"] == "stochastic",
             first_parameter=first,
@@ -349,7 +358,7 @@ class Stepper(torch.optim.Optimizer):
         rows, keys = [], []
         for index, members in itertools.groupby((owners[number] for number in numbers), lambda pair: pair[0]):
             group, params = groups[index], [param for _, param in members]
-            tensors = {name: [self.state[param][name] for param in params] for name in self.counters}
+            tensors = {name: [self.state[param][name] for param in params] for name in self.counted(group)}
             counters = [torch.stack(steps).double() for steps in tensors.values()]
             doubles = _in_double(group)
             advanced = self.advance(doubles, *counters)
@@ -376,7 +385,7 @@ class Stepper(torch.optim.Optimizer):
         step = group["rounding_step"].to(device, non_blocking=True)
         return rounding_keys(group["seed"], step, torch.cat(runs))
 
-    def _update_of(self, entry: _Entry, scalars: tuple[float, ...], grad_scale: float) -> Update:
+    def _update_of(self, entry: Entry, scalars: tuple[float, ...], grad_scale: float) -> Update:
         param, group = entry.param, self.param_groups[entry.group]
         state = self.state.get(param, {})
         assert param.grad is not None
@@ -391,7 +400,7 @@ class Stepper(torch.optim.Optimizer):
             key_of(param, group, entry.number),
         )
 
-    def _entries(self, requested: str | None) -> Iterator[_Entry]:
+    def _entries(self, requested: str | None) -> Iterator[Entry]:
         """Every parameter with a gradient, checked."""
         number = -1
         for index, group in enumerate(self.param_groups):
@@ -416,27 +425,29 @@ class Stepper(torch.optim.Optimizer):
                 backend = choose(local_shard(param), requested, what, rule)
                 if group.get("capturable"):
                     _checks.check_capturable(backend, what)
-                counters = None if self._is_captured(group) else self._count(state, rule, what)
-                yield _Entry(index, param, number, what, rule, backend, counters)
+                counters = None if self._is_captured(group) else self._count(state, group, what)
+                yield Entry(index, param, number, what, rule, backend, counters)
 
-    def _count(self, state: Mapping[str, Any], rule: Rule, what: str) -> tuple[float, ...]:
-        """The counters' values. A class without any still tells the first step, 0, from the others, 1."""
-        if not self.counters:
-            return (0.0 if any(state.get(name) is None for name in rule.states) else 1.0,)
-        _checks.check_counters({name: state[name] for name in self.counters if name in state}, what)
-        return tuple(float(state.get(name, first)) for name, first in self.counters.items())
+    def _count(self, state: Mapping[str, Any], group: Group, what: str) -> tuple[float, ...]:
+        """The counters' values. Where there are none, the first step, 0, is still told from the others, 1."""
+        counters = self.counted(group)
+        if not counters:
+            return (0.0 if any(state.get(name) is None for name in self.rule(group).states) else 1.0,)
+        _checks.check_counters({name: state[name] for name in counters if name in state}, what)
+        return tuple(float(state.get(name, first)) for name, first in counters.items())
 
     def _init_state(self, param: Tensor, group: Group) -> None:
         """Create what the parameter's state lacks, and bring its counters where they are counted."""
         rule, master = self.rule(group), master_dtype(param, group)
-        if not rule.states and not self.counters and not master:
+        counters = self.counted(group)
+        if not rule.states and not counters and not master:
             return
         if self._is_captured(group) and group["rounding"] == "stochastic":
             drawn, device = group.get("rounding_step", 0), local_shard(param).device
             if not (isinstance(drawn, Tensor) and drawn.is_cuda):
                 group["rounding_step"] = torch.full((), int(drawn), dtype=torch.int64, device=device)
         state = self.state[param]
-        for name, first in self.counters.items():
+        for name, first in counters.items():
             state[name] = counter_of(state.get(name, first), param, self._is_captured(group))
         for name in rule.states:
             if state.get(name) is None:

@@ -11,6 +11,7 @@ import torch
 from typing_extensions import Unpack
 
 from . import _checks, _foreign
+from ._muon import Muon
 from ._state import converted, converted_master, dtype_of, local_shard, master_dtype
 from ._stepper import parameter_names
 from .backends import check_backend, choose, requested_backend
@@ -20,7 +21,8 @@ from .optimizer import GROUP_OPTIONS, OPTIONS, Optimizer, Options
 
 _T = TypeVar("_T", bound=torch.optim.Optimizer)
 
-_KNOWN = {cls.torch_class: cls for cls in OPTIMIZERS.values() if cls.torch_class is not None}
+_OURS: tuple[type[Optimizer], ...] = (*OPTIMIZERS.values(), Muon)
+_KNOWN = {cls.torch_class: cls for cls in _OURS if cls.torch_class is not None}
 
 
 def swap(optimizer: _T, **options: Unpack[Options]) -> _T:

@@ -299,13 +299,15 @@ def _struct(
         known.add(name)
     lines += [f"state[{index}] = {name};" for index, name in enumerate(states)]
     body = "\n".join(f"    {line}" for line in lines)
+    read = {node.id for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    arguments = f"T& {p}, T {g}" if {p, g} <= read else f"T& {p}, T" if p in read else f"T&, T {g}"
     # An array of length zero is not C++.
     return f"""\
 struct {struct} {{
   static constexpr const char* name = "{struct}";
   static constexpr int states = {len(states)}, scalars = {len(scalars)};
   template <class T>
-  FUSEDOPT_INLINE static void apply(T& {p}, T {g}, T* {"state" if states else ""}, const T* scalar) {{
+  FUSEDOPT_INLINE static void apply({arguments}, T* {"state" if states else ""}, const T* scalar) {{
 {body}
   }}
 }};

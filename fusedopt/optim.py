@@ -48,14 +48,14 @@ def _weight_decay(group: Group, decoupled: bool) -> dict[str, Number]:
 # --- checks of arguments, in torch's words ---
 
 
-def _check_lr(lr: float | Tensor) -> None:
+def check_lr(lr: float | Tensor) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
 
 
-def _check_betas(betas: tuple[Any, ...]) -> None:
+def check_betas(betas: tuple[Any, ...]) -> None:
     for index, beta in enumerate(betas):
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{index}] must be 1-element")
@@ -63,7 +63,7 @@ def _check_betas(betas: tuple[Any, ...]) -> None:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
 
 
-def _check_not_negative(**values: Any) -> None:
+def check_not_negative(**values: Any) -> None:
     for name, value in values.items():
         if not value >= 0.0:
             raise ValueError(f"Invalid {name} value: {value}")
@@ -101,8 +101,8 @@ class SGD(Optimizer):
         fused: bool | None = None,
         **options: Unpack[Options],
     ):
-        _check_lr(lr)
-        _check_not_negative(momentum=momentum, weight_decay=weight_decay)
+        check_lr(lr)
+        check_not_negative(momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         _check_fused_differentiable(fused, differentiable)
@@ -156,8 +156,8 @@ class Adagrad(Optimizer):
         fused: bool | None = None,
         **options: Unpack[Options],
     ):
-        _check_lr(lr)
-        _check_not_negative(
+        check_lr(lr)
+        check_not_negative(
             lr_decay=lr_decay,
             weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value,
@@ -225,8 +225,8 @@ class RMSprop(Optimizer):
         differentiable: bool = False,
         **options: Unpack[Options],
     ):
-        _check_lr(lr)
-        _check_not_negative(epsilon=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
+        check_lr(lr)
+        check_not_negative(epsilon=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -280,9 +280,9 @@ class Lion(Optimizer):
         capturable: bool = False,
         **options: Unpack[Options],
     ):
-        _check_lr(lr)
-        _check_betas(betas)
-        _check_not_negative(weight_decay=weight_decay)
+        check_lr(lr)
+        check_betas(betas)
+        check_not_negative(weight_decay=weight_decay)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -330,9 +330,9 @@ class Adam(Optimizer):
     ):
         if isinstance(lr, Tensor) and foreach and not capturable:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-        _check_lr(lr)
-        _check_not_negative(epsilon=eps, weight_decay=weight_decay)
-        _check_betas(betas)
+        check_lr(lr)
+        check_not_negative(epsilon=eps, weight_decay=weight_decay)
+        check_betas(betas)
         if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
             raise ValueError("betas must be either both floats or both Tensors")
         if isinstance(betas[0], Tensor) and foreach and not capturable:
@@ -358,15 +358,20 @@ class Adam(Optimizer):
         return RULES["amsgrad" if group["amsgrad"] else "adam"]
 
     def scalars(self, group: Group, step: Number) -> dict[str, Number]:
-        beta1, beta2 = group["betas"]
-        correction2 = _sqrt(1 - beta2**step)
-        return {
-            **_weight_decay(group, group["decoupled_weight_decay"]),
-            "w1": 1 - beta1,
-            "w2": 1 - beta2,
-            "step_size": group["lr"] * correction2 / (1 - beta1**step),
-            "eps": group["eps"] * correction2,
-        }
+        return adam_scalars(group, step)
+
+
+def adam_scalars(group: Group, step: Number) -> dict[str, Number]:
+    """The scalars of `adam` and `amsgrad`."""
+    beta1, beta2 = group["betas"]
+    correction2 = _sqrt(1 - beta2**step)
+    return {
+        **_weight_decay(group, group["decoupled_weight_decay"]),
+        "w1": 1 - beta1,
+        "w2": 1 - beta2,
+        "step_size": group["lr"] * correction2 / (1 - beta1**step),
+        "eps": group["eps"] * correction2,
+    }
 
 
 class AdamW(Adam):
@@ -433,9 +438,9 @@ class Adamax(Optimizer):
         capturable: bool = False,
         **options: Unpack[Options],
     ):
-        _check_lr(lr)
-        _check_not_negative(epsilon=eps, weight_decay=weight_decay)
-        _check_betas(betas)
+        check_lr(lr)
+        check_not_negative(epsilon=eps, weight_decay=weight_decay)
+        check_betas(betas)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -485,9 +490,9 @@ class NAdam(Optimizer):
         differentiable: bool = False,
         **options: Unpack[Options],
     ):
-        _check_lr(lr)
-        _check_not_negative(epsilon=eps, weight_decay=weight_decay, momentum_decay=momentum_decay)
-        _check_betas(betas)
+        check_lr(lr)
+        check_not_negative(epsilon=eps, weight_decay=weight_decay, momentum_decay=momentum_decay)
+        check_betas(betas)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -547,9 +552,9 @@ class RAdam(Optimizer):
         differentiable: bool = False,
         **options: Unpack[Options],
     ):
-        _check_lr(lr)
-        _check_not_negative(epsilon=eps, weight_decay=weight_decay)
-        _check_betas(betas)
+        check_lr(lr)
+        check_not_negative(epsilon=eps, weight_decay=weight_decay)
+        check_betas(betas)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -620,11 +625,11 @@ class AdEMAMix(Optimizer):
         capturable: bool = False,
         **options: Unpack[Options],
     ):
-        _check_lr(lr)
-        _check_betas(betas)
+        check_lr(lr)
+        check_betas(betas)
         if len(betas) != 3:
             raise ValueError(f"betas must be three values, for the fast, second-moment and slow averages; got {betas}")
-        _check_not_negative(alpha=alpha, epsilon=eps, weight_decay=weight_decay)
+        check_not_negative(alpha=alpha, epsilon=eps, weight_decay=weight_decay)
         for name, steps in (("t_alpha", t_alpha), ("t_beta3", t_beta3)):
             if steps is not None and not steps > 0:
                 raise ValueError(f"Invalid {name} value: {steps}; it must be a positive number of steps, or None")

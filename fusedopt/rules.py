@@ -151,3 +151,22 @@ def ademamix(p, g, exp_avg, exp_avg_slow, exp_avg_sq, decay, w1, w2, w3, step_si
     exp_avg_sq = exp_avg_sq + w2 * (g * g - exp_avg_sq)
     p = p * decay - (step_size * exp_avg + step_slow * exp_avg_slow) / (sqrt(exp_avg_sq) + eps)
     return p, exp_avg, exp_avg_slow, exp_avg_sq
+
+
+def muon_momentum(p, g, momentum_buffer, update, w1, blend):
+    """Muon's momentum (Jordan et al., 2024): what is to be orthogonalized; `blend` is w1 for Nesterov's, else 0."""
+    momentum_buffer = momentum_buffer + w1 * (g - momentum_buffer)
+    update = momentum_buffer + blend * (g - momentum_buffer)
+    return p, momentum_buffer, update
+
+
+def muon(p, g, update, decay, step_size):
+    """Muon's step by an orthogonalized update."""
+    p = p * decay - step_size * update
+    return p, update
+
+
+def muon_cautious(p, g, update, decay, step_size):
+    """Muon's step with cautious weight decay (Chen et al., arXiv:2510.12402): none where the step grows p."""
+    p = where(update * p < 0, p, p * decay) - step_size * update
+    return p, update

@@ -27,6 +27,7 @@ from steps import (
 from torch.optim import lr_scheduler
 
 import fusedopt
+from fusedopt import Muon
 from fusedopt.optim import OPTIMIZERS
 from fusedopt.optimizer import GROUP_OPTIONS
 
@@ -211,7 +212,8 @@ class UsersAdam(torch.optim.Adam):
 def unknown_optimizers() -> list[Any]:
     params = [torch.nn.Parameter(torch.ones(2, 2))]
     theirs = [getattr(torch.optim, name) for name in torch.optim.__all__]
-    classes = [cls for cls in theirs if isinstance(cls, type) and cls not in KNOWN and cls is not torch.optim.Optimizer]
+    known = (*KNOWN, Muon.torch_class, torch.optim.Optimizer)
+    classes = [cls for cls in theirs if isinstance(cls, type) and cls not in known]
     made = [cls(params) for cls in classes]
     return [*made, UsersAdam(params), torch.nn.Linear(1, 1), None, [torch.optim.Adam(params)]]
 

@@ -11,6 +11,7 @@ from helpers import GRAD_LAYOUTS, LAYOUTS, surroundings, values
 from steps import assert_near
 from torch import Tensor
 
+from fusedopt._muon import Muon
 from fusedopt._state import NARROW, new_master, new_state, stored
 from fusedopt.backends import Update
 from fusedopt.binding import RULES
@@ -29,7 +30,7 @@ from fusedopt.codecs import (
 )
 from fusedopt.optim import OPTIMIZERS
 
-KINDS = {name: kind for optimizer in OPTIMIZERS.values() for name, kind in optimizer.states.items()}
+KINDS = {name: kind for optimizer in (*OPTIMIZERS.values(), Muon) for name, kind in optimizer.states.items()}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 # One number, none, and two tiles: a whole one and a ragged one.
 SHAPES = ((), (0,), (2, 3, 5, 83))
