@@ -22,8 +22,11 @@ from ._state import local_shard
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Orthogonalize = Callable[[int, Tensor, Tensor | None], None]
-"""Replaces (matrices, *shape) of the unit of that number, and updates (matrices, rows, 1), in place."""
+Wholes = tuple[Tensor, Tensor | None]
+"""Matrices of one unit, (matrices, *shape), and their averages, (matrices, rows, 1)."""
+
+Orthogonalize = Callable[[dict[int, Wholes]], None]
+"""Replaces matrices of the units of these numbers, and updates their averages, in place."""
 
 
 class _Messages:
@@ -93,8 +96,8 @@ def _run(units: Sequence[Shards], bucket: Bucket, orthogonalize: Orthogonalize) 
         whole.copy_(part)
     if gathering:
         gathering.finish()
-    for number, (stack, averages) in wholes.items():
-        orthogonalize(number, stack, averages)
+    if wholes:
+        orthogonalize(wholes)
     mine, theirs = parts(gathered=False)
     scattering = _Messages(theirs, mine, group, like) if bucket.scatters else None
     for part, whole in kept:
@@ -104,7 +107,7 @@ def _run(units: Sequence[Shards], bucket: Bucket, orthogonalize: Orthogonalize) 
         scattering.finish()
 
 
-def _new_wholes(unit: Shards, count: int) -> tuple[Tensor, Tensor | None]:
+def _new_wholes(unit: Shards, count: int) -> Wholes:
     shape = unit.shape[unit.stacked :]
     averages = unit.averages[0].new_empty(count, shape[0], 1) if unit.averages else None
     return unit.stack.new_empty(count, *shape), averages
@@ -119,14 +122,12 @@ def _local_parts(unit: Shards, matrix: Matrix, rank: int) -> list[Tensor]:
     return [part, unit.averages[matrix.param][at]] if unit.averages else [part]
 
 
-def _parts_in_whole(
-    unit: Shards, matrix: Matrix, wholes: tuple[Tensor, Tensor | None], slot: int, rank: int
-) -> list[Tensor]:
+def _parts_in_whole(unit: Shards, matrix: Matrix, whole: Wholes, slot: int, rank: int) -> list[Tensor]:
     """The same that process `rank` has, in the whole matrix and its averages."""
     box = part_of(unit.layout, matrix.at, rank)
     if box is None:
         return []
-    stack, averages = wholes
+    stack, averages = whole
     part = stack[slot]
     for dim, (begin, end) in enumerate(box):
         part = part.narrow(dim, begin, end - begin)
@@ -227,8 +228,8 @@ class Exchange:
         if key not in self._plans:
             self._plans[key] = plan(units)
 
-        def numbered(index: int, stack: Tensor, averages: Tensor | None) -> None:
-            orthogonalize(numbers[index], stack, averages)
+        def numbered(wholes: dict[int, Wholes]) -> None:
+            orthogonalize({numbers[index]: whole for index, whole in wholes.items()})
 
         # A bucket's shards are sent before the one before is computed, and its results received after the next.
         runs = [_run(units, bucket, numbered) for bucket in self._plans[key]]

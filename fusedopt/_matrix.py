@@ -26,14 +26,8 @@ class TorchProducts:
         for x, o in zip(xs, out, strict=True):
             self._symmetric(x, x.mT, None, 0.0, 1.0, o)
 
-    def symmetric(
-        self, a: Batches, b: Batches, c: Batches, alpha: float, beta: float, out: Batches, inner: bool
-    ) -> None:
-        """alpha C + beta A B, where that is symmetric. None of `out` may be an A or B.
-
-        Args:
-            inner: whether errors of this product are amplified by later ones, so that it may need more digits.
-        """
+    def symmetric(self, a: Batches, b: Batches, c: Batches, alpha: float, beta: float, out: Batches) -> None:
+        """alpha C + beta A B, where that is symmetric. None of `out` may be an A or B."""
         for each in zip(a, b, c, out, strict=True):
             self._symmetric(*each[:3], alpha, beta, each[3])
 
@@ -65,7 +59,7 @@ class NativeProducts(TorchProducts):
 
     Args:
         bfloat16: whether factors are rounded to bfloat16, which is twice as fast where the CPU multiplies those. Sums
-            and what is stored are float32, and so are the factors of inner products.
+            and what is stored are float32.
     """
 
     def __init__(self, bfloat16: bool) -> None:
@@ -75,12 +69,9 @@ class NativeProducts(TorchProducts):
         for x, o in zip(xs, out, strict=True):
             native().matmul(x, x.mT, None, o, 0.0, 1.0, True, self._bfloat16, torch.get_num_threads())
 
-    def symmetric(
-        self, a: Batches, b: Batches, c: Batches, alpha: float, beta: float, out: Batches, inner: bool
-    ) -> None:
-        bfloat16 = self._bfloat16 and not inner
+    def symmetric(self, a: Batches, b: Batches, c: Batches, alpha: float, beta: float, out: Batches) -> None:
         for each in zip(a, b, c, out, strict=True):
-            native().matmul(*each, alpha, beta, True, bfloat16, torch.get_num_threads())
+            native().matmul(*each, alpha, beta, True, self._bfloat16, torch.get_num_threads())
 
     def multiply(self, qs: Batches, xs: Batches, out: Batches) -> None:
         for q, x, o in zip(qs, xs, out, strict=True):
@@ -95,9 +86,7 @@ class TritonProducts(TorchProducts):
 
         symmetric(list(xs), None, None, 0.0, 1.0, out=list(out))
 
-    def symmetric(
-        self, a: Batches, b: Batches, c: Batches, alpha: float, beta: float, out: Batches, inner: bool
-    ) -> None:
+    def symmetric(self, a: Batches, b: Batches, c: Batches, alpha: float, beta: float, out: Batches) -> None:
         from .kernels.symmetric import symmetric
 
         symmetric(list(a), list(b), list(c), alpha, beta, out=list(out))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +14,25 @@ from torch.nn import Module
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from ._distributed import Exchange, check_process_group, placed_like, rows_placed_like
+from ._distributed import Exchange, Wholes, check_process_group
 from ._matrix import Workspace
-from ._orthogonalize import LARGEST_WORKSPACE, METHODS, NORMS, Plan, newton_schulz, parts, plan, workspace_size
-from ._owners import Layout, Shards
+from ._muon_units import (
+    Unit,
+    as_rows,
+    check_group,
+    check_matrix,
+    in_workspace,
+    is_adamw,
+    lr_ratio,
+    matrices_of,
+    new_averages,
+    stacked,
+    steps_of,
+    wide_dtype,
+)
+from ._orthogonalize import Plan, newton_schulz, parts, plan
 from ._plan import Step
 from ._routing import route
-from ._schedules import Coefficients, coefficients_of
 from ._state import Group, local_shard
 from ._stepper import Entry, Number, Stepper, parameter_names
 from .backends import Explanation, choose, requested_backend
@@ -30,8 +41,6 @@ from .optim import AdamW, adam_scalars, check_betas, check_lr
 from .optimizer import Optimizer, Options
 
 JORDAN = (3.4445, -4.7750, 2.0315)
-ALGORITHMS = ("muon", "adamw")
-ADJUSTMENTS = ("original", "match_rms_adamw", "spectral")
 ROW_STATE = "row_exp_avg_sq"
 
 OWN_DEFAULTS = {
@@ -46,15 +55,6 @@ OWN_DEFAULTS = {
 }
 """Of the options that torch.optim.Muon has not."""
 ADAMW_DEFAULTS = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
-
-
-def lr_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
-    """What an update of `rows` by `columns` is multiplied by, beside lr; rows are outputs."""
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    if adjust_lr_fn == "spectral":
-        return math.sqrt(rows / columns)
-    return math.sqrt(max(1, rows / columns))
 
 
 class Muon(Optimizer):
@@ -137,7 +137,7 @@ class Muon(Optimizer):
             "maximize": maximize,
             "algorithm": None,
         }
-        _check_group(defaults)
+        check_group(defaults)
         super().__init__(params, defaults, **options)
         self._prepare()
 
@@ -156,12 +156,12 @@ class Muon(Optimizer):
             check_lr(param_group["lr"])
             check_betas(param_group["betas"])
         merged = {**self.defaults, **param_group}
-        _check_group(merged)
+        check_group(merged)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             for param, what in zip(group["params"], parameter_names(group, len(self.param_groups) - 1)):
-                _check_matrix(param, group, what)
+                check_matrix(param, group, what)
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -184,25 +184,26 @@ class Muon(Optimizer):
 
     def _load_state(self, saved: Mapping[str, Any], param: Tensor, group: Group, what: str) -> dict[str, Any]:
         rows = saved.get(ROW_STATE)
-        if rows is not None and rows.shape != (wanted := (*param.shape[: _stacked(param, group) + 1], 1)):
+        if rows is not None and rows.shape != (wanted := (*param.shape[: stacked(param, group) + 1], 1)):
             raise ValueError(
                 f"the state {ROW_STATE!r} of {what} has shape {tuple(rows.shape)}; its parameter wants {wanted}"
             )
         loaded = super()._load_state(saved, param, group, what)
         if rows is not None:
-            loaded[ROW_STATE] = _new_averages(local_shard(param.detach()).to(_wide(param)), param, group).copy_(rows)
+            own = local_shard(param.detach()).to(wide_dtype(param))
+            loaded[ROW_STATE] = new_averages(own, param, group).copy_(rows)
         return loaded
 
     # --- the step ---
 
     def counted(self, group: Group) -> Mapping[str, float]:
-        return self.counters if _is_adamw(group) else {}
+        return self.counters if is_adamw(group) else {}
 
     def rule(self, group: Group) -> Rule:
-        return RULES["adam" if _is_adamw(group) else "muon_momentum"]
+        return RULES["adam" if is_adamw(group) else "muon_momentum"]
 
     def scalars(self, group: Group, step: Number) -> dict[str, Number]:
-        if _is_adamw(group):
+        if is_adamw(group):
             return adam_scalars(group, step)
         w1 = 1 - group["momentum"]
         return {"w1": w1, "blend": w1 if group["nesterov"] else 0.0}
@@ -233,14 +234,14 @@ class Muon(Optimizer):
         for index, group in enumerate(self.param_groups):
             for param, what in zip(group["params"], parameter_names(group, index)):
                 why = self._reasons.get(param, "its group says so" if group["algorithm"] else "it is Muon's")
-                how = "adamw" if _is_adamw(group) else self._described(param, group)
+                how = "adamw" if is_adamw(group) else self._described(param, group)
                 rows.append((what, how, f"{tuple(param.shape)}: {why}"))
         return Explanation(tuple(rows), ())
 
     def _described(self, param: Tensor, group: Group) -> str:
-        stack = torch.empty((1, *param.shape), dtype=_wide(param), device="meta")
+        stack = torch.empty((1, *param.shape), dtype=wide_dtype(param), device="meta")
         found = []
-        for matrices in _matrices(stack, group):
+        for matrices in matrices_of(stack, group):
             count, rows, columns = matrices.shape
             chosen = self._how(group, stack.dtype, matrices.shape, param.device)
             found.append(
@@ -256,16 +257,16 @@ class Muon(Optimizer):
             # Which have rules for these, and no products.
             backend = None
         batch, rows, columns = shape
-        return plan(rows, columns, device, wanted, group["method"], len(_steps(group)), backend, batch)
+        return plan(rows, columns, device, steps_of(group), wanted, group["method"], backend, batch)
 
-    def _units(self) -> list[_Unit]:
+    def _units(self) -> list[Unit]:
         """The matrices with a gradient, in memory of their own for their updates; everything is checked before."""
         requested = self._backend or requested_backend()
-        units: list[_Unit] = []
+        units: list[Unit] = []
         shared: defaultdict[Any, list[int]] = defaultdict(list)
         first = 0
         for index, group in enumerate(self.param_groups):
-            if not _is_adamw(group):
+            if not is_adamw(group):
                 alike: defaultdict[Any, list[Entry]] = defaultdict(list)
                 for number, (param, what) in enumerate(zip(group["params"], parameter_names(group, index)), first):
                     if layout := self._exchange.layout(param, self._process_group, what):
@@ -280,9 +281,9 @@ class Muon(Optimizer):
                         Entry(index, param, number, what, rule, backend, (1.0,))
                     )
                 if alike:
-                    _check_group(group)
+                    check_group(group)
                     self._applier._scalars(index, 1.0)
-                units += [_Unit(group, entries, layout) for (layout, *_), entries in alike.items()]
+                units += [Unit(group, entries, layout) for (layout, *_), entries in alike.items()]
             first += len(group["params"])
         seen = {entry.param for unit in units for entry in unit.entries}
         if len(seen) < sum(len(unit.entries) for unit in units):
@@ -290,26 +291,26 @@ class Muon(Optimizer):
         self._exchange.check_same(shared)
         return units
 
-    def _orthogonalized(self, units: Sequence[_Unit]) -> Iterator[_Unit]:
+    def _orthogonalized(self, units: Sequence[Unit]) -> Iterator[Unit]:
         """The units, their updates replaced by what they come to. Each holds until the next is asked for."""
-        together: defaultdict[Any, list[tuple[_Unit, Tensor, float]]] = defaultdict(list)
-        left: Counter[_Unit] = Counter()
+        together: defaultdict[Any, list[tuple[Unit, Tensor, float]]] = defaultdict(list)
+        left: Counter[Unit] = Counter()
         for unit in units:
             group = unit.group
-            for matrices in _matrices(unit.stack, group):
+            for matrices in matrices_of(unit.stack, group):
                 if not matrices.numel():
                     continue
                 chosen = self._how(group, matrices.dtype, matrices.shape, matrices.device)
                 # Only a GPU computes matrices of several shapes faster than one shape after another.
                 alone = unit if chosen.backend == "cpu" or not matrices.is_cuda else None
-                key = alone, chosen, _steps(group), group["norm"], group["eps"], matrices.device
+                key = alone, chosen, steps_of(group), group["norm"], group["eps"], matrices.device
                 scale = lr_ratio(group["adjust_lr_fn"], *matrices.shape[1:])
                 together[key] += [(unit, part, scale) for part in parts(matrices)]
                 left[unit] += len(parts(matrices))
             if not left[unit]:
                 yield unit
         for (_, chosen, steps, norm, eps, _), members in together.items():
-            for some in _in_workspace(members):
+            for some in in_workspace(members):
                 _, xs, scales = zip(*some, strict=True)
                 found = newton_schulz(xs, steps, chosen, self._workspace, norm=norm, eps=eps, scales=scales)
                 for (unit, part, _), result in zip(some, found, strict=True):
@@ -323,183 +324,41 @@ class Muon(Optimizer):
                         self._equalize_rows(unit)
                     yield unit
 
-    def _orthogonalize_shared(self, units: list[_Unit]) -> None:
+    def _orthogonalize_shared(self, units: list[Unit]) -> None:
         """As `_orthogonalized`, of units that several processes have parts of: each matrix in one of them."""
 
-        def orthogonalize(number: int, stack: Tensor, averages: Tensor | None) -> None:
-            whole = _Unit(units[number].group, [], stack=stack)
-            whole.averages = () if averages is None else averages.unbind()
-            for _ in self._orthogonalized([whole]):
-                pass
-            if whole.stack is not stack:
-                stack.copy_(whole.stack)
+        def orthogonalize(wholes: Mapping[int, Wholes]) -> None:
+            stacks = {}
+            for number, (stack, averages) in wholes.items():
+                unit = Unit(units[number].group, [], stack=stack)
+                unit.averages = () if averages is None else averages.unbind()
+                stacks[unit] = stack
+            for unit in self._orthogonalized([*stacks]):
+                if unit.stack is not stacks[unit]:
+                    stacks[unit].copy_(unit.stack)
 
         self._exchange.orthogonalize([unit.shards() for unit in units], orthogonalize)
 
-    def _averages(self, unit: _Unit) -> Sequence[Tensor]:
+    def _averages(self, unit: Unit) -> Sequence[Tensor]:
         """NorMuon's second moments, this process's rows of each parameter."""
         if unit.group["beta2"] is None:
             return ()
         for entry, update in zip(unit.entries, unit.updates, strict=True):
             state = self.state[entry.param]
             if ROW_STATE not in state:
-                state[ROW_STATE] = _new_averages(update, entry.param, unit.group)
+                state[ROW_STATE] = new_averages(update, entry.param, unit.group)
         return [local_shard(self.state[entry.param][ROW_STATE]) for entry in unit.entries]
 
-    def _equalize_rows(self, unit: _Unit) -> None:
+    def _equalize_rows(self, unit: Unit) -> None:
         """NorMuon's second moment."""
         beta2 = unit.group["beta2"]
         for average, update in zip(unit.averages, unit.updates, strict=True):
-            rows = _as_rows(update, unit.group)
+            rows = as_rows(update, unit.group)
             average.lerp_(rows.square().mean(-1, keepdim=True), 1 - beta2)
             norm = torch.linalg.matrix_norm(rows, keepdim=True)
             rows.mul_(average.clamp(min=torch.finfo(average.dtype).tiny).rsqrt())
             now = torch.linalg.matrix_norm(rows, keepdim=True)
             rows.mul_(norm / now.clamp(min=torch.finfo(now.dtype).tiny))
-
-
-def _is_adamw(group: Group) -> bool:
-    return group["algorithm"] == "adamw"
-
-
-def _as_rows(tensor: Tensor, group: Group, batch: int = 0) -> Tensor:
-    """(..., rows, columns): a kernel with a row for each output channel, others as they are.
-
-    Args:
-        batch: leading dimensions that are not the parameter's.
-    """
-    return tensor.flatten(batch + 1) if _is_flattened(tensor.ndim - batch, group) else tensor
-
-
-def _is_flattened(ndim: int, group: Group) -> bool:
-    """Whether a parameter is one matrix, of a row for each output channel."""
-    return ndim > 3 if group["flatten"] is None else bool(group["flatten"])
-
-
-def _stacked(param: Tensor, group: Group) -> int:
-    """How many of the first dimensions of a parameter count matrices."""
-    return 0 if _is_flattened(param.ndim, group) else param.ndim - 2
-
-
-def _new_averages(update: Tensor, param: Tensor, group: Group) -> Tensor:
-    """NorMuon's state of a parameter of which `update` is this process's part."""
-    rows = _stacked(param, group) + 1
-    return rows_placed_like(param, update.new_zeros(*update.shape[:rows], 1), rows)
-
-
-def _check_group(group: Group) -> None:
-    """Raises ValueError where an option of Muon's is not valid, in torch's words where torch has it."""
-    if group["algorithm"] not in (None, *ALGORITHMS):
-        raise ValueError(f"algorithm={group['algorithm']!r}: choose one of {', '.join(ALGORITHMS)}")
-    if _is_adamw(group):
-        return
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    for name, what in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{what} should be >= 0 but is: {group[name]}")
-    if group["adjust_lr_fn"] not in (None, *ADJUSTMENTS):
-        raise ValueError(
-            f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; "
-            f"choose one of {', '.join(ADJUSTMENTS)}"
-        )
-    if group["norm"] not in NORMS:
-        raise ValueError(f"norm={group['norm']!r}: choose one of {', '.join(NORMS)}")
-    if group["method"] not in METHODS:
-        raise ValueError(f"method={group['method']!r}: choose one of {', '.join(METHODS)}")
-    if group["beta2"] is not None and not 0.0 <= group["beta2"] < 1.0:
-        raise ValueError(f"beta2={group['beta2']}: choose a number from 0 up to 1, or None")
-    if not group["eps"] > 0:
-        raise ValueError(f"eps={group['eps']}: it must be greater than 0, or a matrix of zeros would give NaN")
-    _steps(group)
-
-
-def _check_matrix(param: Tensor, group: Group, what: str) -> None:
-    """Raises ValueError where a parameter cannot be orthogonalized as its group says."""
-    if _is_adamw(group):
-        return
-    if group["algorithm"] is None and param.ndim != 2:
-        raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}")
-    if param.ndim < 2:
-        raise ValueError(f"{what} has shape {tuple(param.shape)}: no matrix; put it in a group of algorithm='adamw'")
-    rows, split = param.shape[_stacked(param, group)], group["split"]
-    if isinstance(split, int) and not (split > 0 and rows % split == 0):
-        raise ValueError(f"split={split}: {what} has {rows} rows, which are not a multiple of it")
-    if isinstance(split, Sequence) and (min(split, default=0) <= 0 or sum(split) != rows):
-        raise ValueError(f"split={tuple(split)}: {what} has {rows} rows, which these must add up to")
-
-
-def _steps(group: Group) -> tuple[Coefficients, ...]:
-    given = group["ns_coefficients"]
-    if not isinstance(given, str) and all(isinstance(value, int | float) for value in given):
-        # torch's: one triple for every step.
-        if len(given) != 3:
-            raise ValueError("Coefficients must be a tuple of exactly 3 values")
-        given = [given] * group["ns_steps"]
-    return coefficients_of(given, group["ns_steps"])
-
-
-def _in_workspace(members: list[tuple[_Unit, Tensor, float]]) -> Iterator[list[tuple[_Unit, Tensor, float]]]:
-    """Runs of members whose intermediate results fit the workspace together."""
-    some: list[tuple[_Unit, Tensor, float]] = []
-    room = LARGEST_WORKSPACE
-    for member in members:
-        size = workspace_size(member[1])
-        if some and size > room:
-            yield some
-            some, room = [], LARGEST_WORKSPACE
-        some.append(member)
-        room -= size
-    if some:
-        yield some
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    """What an update is computed in."""
-    return torch.promote_types(param.dtype, torch.float32)
-
-
-def _matrices(stack: Tensor, group: Group) -> Iterable[Tensor]:
-    """Views of the updates of parameters of one shape, (batch, rows, columns) each."""
-    rows, split = _as_rows(stack, group, batch=1), group["split"]
-    if split is None:
-        return (rows.flatten(0, -3),)
-    if isinstance(split, int):
-        return (rows.unflatten(-2, (-1, split)).flatten(0, -3),)
-    return (part.flatten(0, -3) for part in rows.split(list(split), dim=-2))
-
-
-class _Unit:
-    """Parameters of one group and shape, whose updates lie in one tensor."""
-
-    averages: Sequence[Tensor] = ()
-
-    def __init__(
-        self, group: Group, entries: list[Entry], layout: Layout | None = None, stack: Tensor | None = None
-    ) -> None:
-        self.group, self.entries, self.layout = group, entries, layout
-        if stack is None:
-            local = local_shard(entries[0].param)
-            stack = torch.empty((len(entries), *local.shape), dtype=_wide(local), device=local.device)
-        self.stack = stack
-
-    @property
-    def updates(self) -> tuple[Tensor, ...]:
-        return self.stack.unbind()
-
-    def placed_updates(self) -> Sequence[Tensor]:
-        """The updates, as DTensors where their parameters are."""
-        return placed_like(self.entries[0].param, self.updates)
-
-    def shards(self) -> Shards:
-        assert self.layout is not None
-        param = self.entries[0].param
-        stacked, split = _stacked(param, self.group), self.group["split"]
-        rows = param.shape[stacked]
-        if split is None:
-            split = rows
-        parts = (split,) * (rows // max(split, 1)) if isinstance(split, int) else tuple(split)
-        return Shards(self.layout, param.shape, stacked, parts, self.stack, self.averages)
 
 
 class _Applier(Stepper):
@@ -523,7 +382,7 @@ class _Applier(Stepper):
     def scalars(self, group: Group, step: Number) -> dict[str, Number]:
         return {"decay": 1 - group["lr"] * group["weight_decay"], "step_size": group["lr"]}
 
-    def apply(self, unit: _Unit) -> None:
+    def apply(self, unit: Unit) -> None:
         self.state.clear()
         for entry, update in zip(unit.entries, unit.placed_updates(), strict=True):
             self.state[entry.param] = {**self._owner.state[entry.param], "update": update}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._matrix import Batches, NativeProducts, TorchProducts, TritonProducts, Workspace
-from ._schedules import Coefficients, coefficients_of, restarts_of
+from ._schedules import Coefficients, coefficients_of, restarts_in_float16, restarts_with_bfloat16_factors
 from .backends import BACKENDS, native, requested_backend
 
 METHODS = ("auto", "standard", "gram")
@@ -35,8 +35,8 @@ class Plan(NamedTuple):
 
     backend: "cpu", "triton" or "eager".
     method: "standard" or "gram".
-    dtype: what the factors of products with the matrix are rounded to; sums are float32 at least.
-    storage: the dtype of what is stored in between, and of the factors of the Gram form's inner products.
+    dtype: what the factors of products are rounded to; sums are float32 at least.
+    storage: the dtype of what is stored in between.
     reason: why this method.
     """
 
@@ -55,7 +55,11 @@ class Plan(NamedTuple):
         """The steps, parted where X X^T is computed anew."""
         if self.method == "standard":
             return [[step] for step in steps]
-        restarts = restarts_of(steps) if self.storage in (torch.float16, torch.bfloat16) else ()
+        restarts: tuple[int, ...] = ()
+        if self.dtype is torch.bfloat16:
+            restarts = restarts_with_bfloat16_factors(steps)
+        elif self.dtype is torch.float16:
+            restarts = restarts_in_float16(tuple(steps))
         return [steps[begin:end] for begin, end in itertools.pairwise((0, *restarts, len(steps)))]
 
 
@@ -63,13 +67,13 @@ def plan(
     rows: int,
     columns: int,
     device: torch.device,
+    steps: Sequence[Coefficients],
     dtype: torch.dtype | None = None,
     method: str = "auto",
-    steps: int = 5,
     backend: str | None = None,
     batch: int = 1,
 ) -> Plan:
-    """How `steps` steps for `batch` matrices of `rows` by `columns` are computed: where products take the least time.
+    """How the steps are computed for `batch` matrices of `rows` by `columns`: where products take the least time.
 
     Raises:
         ValueError: an unknown method, or one that does not go with the dtype.
@@ -80,22 +84,31 @@ def plan(
     short, long = sorted((rows, columns))
     backend, default = _backend_of(device, dtype, backend, (short, long, batch))
     dtype = dtype or default
-    gram_dtype = _gram_dtype(backend, dtype)
-    if method == "gram" and gram_dtype is None:
-        raise ValueError(
-            f"method='gram' with dtype={dtype}: its errors grow from step to step, and 8 bits are too few on this "
-            "device; use float16 or float32, or method='standard'"
-        )
     storage = torch.float32 if backend == "cpu" else dtype
-    if method == "auto" and gram_dtype is not None:
-        times = _times(short, long, steps, _inner_cost(backend, dtype), storage)
-        method = min(times, key=lambda name: times[name])
-        reason = f"standard would take {times['standard'] / times['gram']:.2f} times the time of gram"
-    elif method == "auto":
-        method, reason = "standard", f"gram is not accurate in {str(dtype)[6:]}"
-    else:
-        reason = "asked for"
-    return Plan(backend, method, dtype, storage, reason)
+    standard, gram = [Plan(backend, name, dtype, storage, "asked for") for name in ("standard", "gram")]
+    if storage is torch.bfloat16:
+        if method == "gram":
+            raise ValueError(
+                f"method='gram' with dtype={dtype}: its errors grow from step to step, and 8 bits are too few for what "
+                "is stored in between; use float16 or float32, or method='standard'"
+            )
+        return standard._replace(reason="gram is not accurate where all is stored in bfloat16")
+    if method != "auto":
+        return standard if method == "standard" else gram
+    aspect = long / max(short, 1)
+    ratio = _work(standard.segments(steps), aspect) / _work(gram.segments(steps), aspect)
+    reason = f"standard would take {ratio:.2f} times the time of gram"
+    return (gram if ratio > 1 else standard)._replace(reason=reason)
+
+
+def _work(segments: Sequence[Sequence[Coefficients]], aspect: float) -> float:
+    """In products of the shorter side's square matrices, of which half is computed.
+
+    Of each part X X^T, and Q X whose result is not symmetric. Of each step R^2, unless c is 0, Q Z but for a part's
+    first, and two for the next R but for its last.
+    """
+    products = [4 * len(segment) - 3 - sum(c == 0 for _, _, c in segment) for segment in segments]
+    return len(segments) * 3 * aspect + sum(products)
 
 
 def _backend_of(
@@ -151,30 +164,6 @@ def _has_tiles() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def _gram_dtype(backend: str, dtype: torch.dtype) -> torch.dtype | None:
-    """What the factors of inner products would be; None where that is too coarse."""
-    if backend == "cpu":
-        return torch.float32
-    return None if dtype is torch.bfloat16 else dtype
-
-
-def _inner_cost(backend: str, dtype: torch.dtype) -> float:
-    """The time of a flop of the Gram form's inner products, in that of one of X's."""
-    return 2.0 if backend == "cpu" and dtype is torch.bfloat16 else 1.0
-
-
-def _times(short: int, long: int, steps: int, inner: float, storage: torch.dtype) -> dict[str, float]:
-    """Of both methods, in products of `short` x `short` matrices of which half is computed."""
-    aspect = long / max(short, 1)
-    restarts = 1 if storage.itemsize == 2 and steps > 1 else 0
-    # A step: X X^T, R^2, and Q X, whose result is not symmetric.
-    standard = steps * (3 * aspect + 1)
-    # Of each part: X X^T and Q X. Of each step R^2, Q Z, and two for the next R; its first needs no Q Z, its last no R.
-    products = 4 * steps - 3 * (1 + restarts)
-    gram = (1 + restarts) * 3 * aspect + inner * products
-    return {"standard": standard, "gram": gram}
-
-
 def newton_schulz(
     xs: Batches,
     steps: Sequence[Coefficients],
@@ -213,10 +202,9 @@ def newton_schulz(
     for index, segment in enumerate(segments):
         if index > 0:
             products.gram(xs, r)
-        inner = len(segment) > 1
         for step, (a, b, c) in enumerate(segment):
             if c:
-                products.symmetric(r, r, r, b, c, z, inner)
+                products.symmetric(r, r, r, b, c, z)
             else:
                 torch._foreach_copy_(z, r)
                 torch._foreach_mul_(z, b)
@@ -226,11 +214,11 @@ def newton_schulz(
                 for each in q:
                     each.diagonal(dim1=-2, dim2=-1).add_(a)
             else:
-                products.symmetric(q, z, q, a, 1.0, spare, inner)
+                products.symmetric(q, z, q, a, 1.0, spare)
                 q, spare = spare, q
             if step < len(segment) - 1:
-                products.symmetric(r, z, r, a, 1.0, spare, inner)
-                products.symmetric(z, spare, spare, a, 1.0, r, inner)
+                products.symmetric(r, z, r, a, 1.0, spare)
+                products.symmetric(z, spare, spare, a, 1.0, r)
         if index == 0:
             torch._foreach_mul_(q, pending)
         if index == len(segments) - 1:
@@ -315,7 +303,8 @@ def orthogonalize(
         steps: of the iteration; None for as many as `coefficients` has.
         coefficients: "jordan", "polar_express", "you", "cans" or "cubic5" (`fusedopt._schedules` has their sources), or
             (a, b, c) for each step.
-        method: "standard", or "gram", which takes fewer flops where one side is longer; "auto" chooses by shape.
+        method: "standard", or "gram", which takes fewer flops where one side is longer; "auto" chooses by shape. In 16
+            bits gram returns to the matrix itself where the coefficients require it.
         dtype: what factors of products are rounded to; None for the fastest that does: float16 on a GPU, bfloat16 on a
             CPU that multiplies it natively, else float32. Norms and sums are float32 at least. float64 for float64.
         eps: a norm below this counts as this.
@@ -347,7 +336,7 @@ def orthogonalize(
     if not out.numel():
         return out
     batch = G.numel() // (rows * columns)
-    chosen = plan(rows, columns, G.device, dtype, method, len(how), requested_backend(), batch)
+    chosen = plan(rows, columns, G.device, how, dtype, method, requested_backend(), batch)
     flat, results = G.reshape(-1, rows, columns), out.view(-1, rows, columns)
     workspace = Workspace()
     for part, result in zip(parts(flat), parts(results), strict=True):

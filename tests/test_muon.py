@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt import Muon
-from fusedopt._muon import lr_ratio
+from fusedopt._muon_units import lr_ratio
 from fusedopt._schedules import coefficients_of, singular_value_after
 from fusedopt.binding import RULES, Rule
 from fusedopt.optimizer import GROUP_OPTIONS, OPTIONS

@@ -17,7 +17,13 @@ import fusedopt
 from fusedopt import _orthogonalize, orthogonalize
 from fusedopt._matrix import TorchProducts, Workspace
 from fusedopt._orthogonalize import LARGEST_WORKSPACE, METHODS, NORMS, newton_schulz, parts, plan
-from fusedopt._schedules import SCHEDULES, coefficients_of, restarts_of, singular_value_after
+from fusedopt._schedules import (
+    SCHEDULES,
+    coefficients_of,
+    restarts_in_float16,
+    restarts_with_bfloat16_factors,
+    singular_value_after,
+)
 from fusedopt.backends import native
 
 CPU = torch.device("cpu")
@@ -79,8 +85,14 @@ def test_float64(name: str, method: str, norm: str) -> None:
 @pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_float32(name: str, method: str, norm: str, backend: str) -> None:
-    """Sums of up to 530 terms are off by their root in epsilons at most; later steps amplify that by their slopes."""
+    """Sums of up to 530 terms are off by their root in epsilons at most; later steps amplify that by their slopes.
+
+    Of the smallest singular value, 0.001, X X^T has the square, of which an epsilon is a tenth; an element of the
+    result has a fifth of that.
+    """
     limit = 20 * torch.finfo(torch.float32).eps * amplification(coefficients_of(name, 5))
+    if method == "gram":
+        limit = max(limit, 2e-2)
     for index, shape in enumerate(SHAPES):
         g = matrix(shape, index).float()
         with fusedopt.use_backend(backend):
@@ -92,7 +104,7 @@ def test_float32(name: str, method: str, norm: str, backend: str) -> None:
 @on_both
 @pytest.mark.parametrize("method", METHODS)
 def test_default_dtype_is_as_near_as_torchs(method: str, backend: str) -> None:
-    """Whatever it is: torch rounds everything to bfloat16, here it is factors at most; a quarter for chance.
+    """Whatever it is: torch rounds everything to bfloat16, here it is factors at most; twice as far by chance.
 
     And 0.03 for a matrix of one row, which roundings of 2 ** -9 in five steps with slopes up to 3 put off as a whole.
     """
@@ -106,7 +118,7 @@ def test_default_dtype_is_as_near_as_torchs(method: str, backend: str) -> None:
         with fusedopt.use_backend(backend):
             ours = orthogonalize(g, method=method, norm="frobenius")
         errors = [(result.double() - wanted).norm().item() for result in (ours, theirs)]
-        assert errors[0] <= 1.25 * errors[1] + 0.03
+        assert errors[0] <= 2 * errors[1] + 0.03
 
 
 @on_both
@@ -120,7 +132,8 @@ def test_strided_and_other_dtypes(backend: str) -> None:
         assert distance(orthogonalize(g.mT, dtype=torch.float32), whole.mT) < 1e-5
         for dtype in (torch.bfloat16, torch.float16):
             narrow = orthogonalize(g.to(dtype), dtype=torch.float32)
-            assert narrow.dtype == dtype and distance(narrow, orthogonalize(g.to(dtype).float())) < 0.05
+            wanted = orthogonalize(g.to(dtype).float(), dtype=torch.float32)
+            assert narrow.dtype == dtype and distance(narrow, wanted) < torch.finfo(dtype).eps
 
 
 @on_both
@@ -182,7 +195,7 @@ BANDS = {  # from 0.01 to 1, after 5 steps; from the literature's own coefficien
     "jordan": (0.682, 1.1345),
     "polar_express": (0.870, 1.124),
     "you": (0.977, 1.145),
-    "cans": (0.884, 1.120),
+    "cans": (0.860, 1.120),
     "cubic5": (0.774, 1.3005),
 }
 
@@ -214,21 +227,54 @@ def test_steps_beyond_a_schedule_are_refused() -> None:
 
 def test_restarts() -> None:
     """Where the authors of the Gram form restart, for their coefficients; float32 needs none."""
-    assert restarts_of(coefficients_of("polar_express", 5)) == (2,)
-    assert restarts_of(coefficients_of("you", 5)) == (2,)
-    assert restarts_of(coefficients_of("jordan", 5)) == (3,)
-    assert restarts_of(coefficients_of("cubic5", 5)) == ()
-    how = plan(64, 512, CPU, torch.float16, "gram", 5, "eager")
+    in_float16 = {name: restarts_in_float16(coefficients_of(name, 5)) for name in SCHEDULES}
+    assert in_float16 == {"polar_express": (2,), "you": (2,), "jordan": (3,), "cans": (1,), "cubic5": ()}
+    factors = {name: restarts_with_bfloat16_factors(coefficients_of(name, 5)) for name in SCHEDULES}
+    assert factors == {"polar_express": (2, 4), "you": (2, 4), "jordan": (3,), "cans": (2, 4), "cubic5": (3,)}
+    assert restarts_with_bfloat16_factors(coefficients_of("jordan", 10)) == (3, 5, 7, 9)
+    assert restarts_with_bfloat16_factors(coefficients_of("jordan", 1)) == ()
     steps = coefficients_of("you", 5)
+    how = plan(64, 512, CPU, steps, torch.float16, "gram", "eager")
     assert [len(part) for part in how.segments(steps)] == [2, 3]
-    assert len(how._replace(storage=torch.float32).segments(steps)) == 1
+    assert len(how._replace(dtype=torch.float32).segments(steps)) == 1
+
+
+def spectra(n: int) -> dict[str, Tensor]:
+    few = torch.arange(n) < 4
+    return {
+        "log2": torch.logspace(0, -2, n),
+        "log4": torch.logspace(0, -4, n),
+        "one": torch.where(torch.arange(n) < 1, 1.0, 1e-2),
+        "few": torch.where(few, 1.0, 1e-3),
+        "half": torch.where(torch.arange(n) < n // 2, 1.0, 1e-3),
+    }
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS or not native().has_bfloat16_matmul, reason="needs AVX512-BF16")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_gram_with_bfloat16_factors_is_as_accurate_as_standard(name: str, norm: str) -> None:
+    """Over all spectra; of a single one either may be the better."""
+    steps = coefficients_of(name, 5)
+    errors: dict[str, list[float]] = {"standard": [], "gram": []}
+    for index, s in enumerate(spectra(96).values()):
+        g = torch.randn(96, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(index))
+        u, _, v = torch.linalg.svd(g, full_matrices=False)
+        g = (u * s @ v).float()
+        wanted = expected(g, steps, norm)
+        for method, found in errors.items():
+            with fusedopt.use_backend("cpu"):
+                result = orthogonalize(g, coefficients=name, method=method, norm=norm, dtype=torch.bfloat16)
+            found.append(((result.double() - wanted).norm() / wanted.norm()).item())
+    assert sum(errors["gram"]) <= 1.25 * sum(errors["standard"])
+    assert all(a <= 3 * b for a, b in zip(errors["gram"], errors["standard"], strict=True))
 
 
 def test_gram_in_float16_by_restarts() -> None:
     """What 11 bits come to with them, measured by its authors as 0.04, and without them 0.4."""
     g = matrix((48, 192), smallest=1e-5).float()
     close = expected(g, steps := coefficients_of("polar_express", 5), "frobenius")
-    how = plan(48, 192, CPU, torch.float16, "gram", 5, "eager")
+    how = plan(48, 192, CPU, steps, torch.float16, "gram", "eager")
     for segments, least, most in ((None, 0.0, 0.1), ([steps], 0.15, float("inf"))):
         chosen: Any = how if segments is None else _Segmented(how, segments)
         (found,) = newton_schulz([g[None]], steps, chosen, Workspace(), norm="frobenius", eps=1e-7, scales=[1.0])
@@ -251,25 +297,30 @@ class _Segmented:
 
 
 def test_plan() -> None:
-    assert plan(512, 512, CPU, torch.float32, backend="eager").method == "standard"
-    assert plan(512, 4096, CPU, torch.float32, backend="eager").method == "gram"
-    assert plan(4096, 512, CPU, torch.float32, backend="eager").method == "gram"
-    assert plan(512, 4096, CPU, torch.bfloat16, backend="eager").method == "standard"
+    jordan = coefficients_of("jordan", 5)
+    planned = functools.partial(plan, device=CPU, steps=jordan, backend="eager")
+    assert planned(512, 512, dtype=torch.float32).method == "standard"
+    assert planned(512, 768, dtype=torch.float32).method == "gram"
+    assert planned(512, 512, dtype=torch.float16).method == "standard"
+    assert planned(512, 4096, dtype=torch.float16).method == "gram"
+    assert planned(4096, 512, dtype=torch.float16).method == "gram"
+    assert planned(512, 4096, dtype=torch.bfloat16).method == "standard"
+    assert "2.02 times" in planned(512, 4096, dtype=torch.float16).reason
     with pytest.raises(ValueError, match="method='gram' with dtype=torch.bfloat16: .* float16 or float32"):
-        plan(512, 4096, CPU, torch.bfloat16, "gram", backend="eager")
+        planned(512, 4096, dtype=torch.bfloat16, method="gram")
     if "cpu" in BACKENDS:
-        # Inner products are float32 there, so that bfloat16 does no harm.
-        assert plan(512, 4096, CPU, backend="cpu").storage is torch.float32
-        assert plan(512, 8192, CPU, backend="cpu").method == "gram"
+        # What is stored and summed is float32 there, so that bfloat16 factors do no harm.
+        assert plan(512, 4096, CPU, jordan, backend="cpu").storage is torch.float32
+        assert plan(512, 8192, CPU, jordan, backend="cpu").method == "gram"
         multiplies = native().has_bfloat16_matmul
-        assert (plan(64, 64, CPU, backend="cpu").dtype is torch.bfloat16) == multiplies
-    assert plan(64, 64, CPU, torch.float64).backend == "eager"
+        assert (plan(64, 64, CPU, jordan, backend="cpu").dtype is torch.bfloat16) == multiplies
+    assert plan(64, 64, CPU, jordan, torch.float64).backend == "eager"
 
 
-def test_more_steps_favour_gram() -> None:
-    """Of one step both forms are the same; each further one is cheaper by the products with the long side."""
-    for steps, method in ((1, "standard"), (20, "gram")):
-        assert plan(256, 512, CPU, torch.float32, steps=steps, backend="eager").method == method
+def test_one_step_is_the_same_in_both_forms() -> None:
+    for aspect in (1, 3):
+        how = plan(256, 256 * aspect, CPU, coefficients_of("jordan", 1), torch.float32, backend="eager")
+        assert how.method == "standard" and "1.00 times" in how.reason
 
 
 def test_parts_bound_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +361,7 @@ def test_symmetric_by_halves() -> None:
     c = torch.randn(2, 1100, 1100, generator=generator)
     c = c + c.mT
     out = torch.full((2, 1100, 1100), float("nan"))
-    TorchProducts().symmetric([x], [x.mT], [c], 0.5, 2.0, [out], inner=False)
+    TorchProducts().symmetric([x], [x.mT], [c], 0.5, 2.0, [out])
     # Of 90 products in float32, each rounded in another order.
     torch.testing.assert_close(out, 0.5 * c + 2.0 * x @ x.mT, rtol=0, atol=2e-4)
     TorchProducts().gram([x], [out])
@@ -352,6 +403,6 @@ def test_a_backend_that_cannot_says_why() -> None:
         with fusedopt.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot orthogonalize: it multiplies"):
             orthogonalize(g)
         with pytest.raises(RuntimeError, match="the matrix is on meta"):
-            plan(3, 3, torch.device("meta"), backend="cpu")
+            plan(3, 3, torch.device("meta"), (), backend="cpu")
     with pytest.raises(RuntimeError, match="backend='cuda' cannot orthogonalize: it has no such operation"):
-        plan(3, 3, CPU, backend="cuda")
+        plan(3, 3, CPU, (), backend="cuda")
