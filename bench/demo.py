@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import fusedopt
+from fusedopt._routing import route
 from fusedopt.backends import choose, requested_backend
 from fusedopt.codecs import STATE_DTYPES
 from fusedopt.optim import OPTIMIZERS
@@ -44,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "RAdam": {"lr": 1e-3},
     "Lion": {"lr": 2e-4, "weight_decay": 0.5},
     "AdEMAMix": {"lr": 1e-3, "weight_decay": 0.1},
+    "Muon": {"lr": 0.02, "weight_decay": 0.01, "adamw_lr": 3e-3, "adamw_betas": (0.9, 0.95)},
 }
 
 # When are two training curves the same? The runs may differ in the last bit of a parameter, and training amplifies
@@ -54,11 +56,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 #   A signed state in bfloat16 is off by up to 2^-9 of itself, hence a step, hence to first order the fall of the loss.
 #   In 8 bits what lies in the upper decade of its block is off by up to half of 0.9 / 64 of the block's maximum, 7 % of
 #   itself at 0.1 of it; what lies below is off by more of itself, and moves the loss less.
-# - On the validation loss at the end, an average over 23 kB of text. Fewer bits of state make another training, which
+#   Muon's products are in bfloat16, by which an update is off by 1 to 2 % of itself, torch's as well as fusedopt's.
+# - On the validation loss at the end, an average over 23 kB of text. Fewer bits make another training, which
 #   ends lower as well as higher, by the noise of training; it must not end higher.
 FIRST_STEPS = 20
 FIRST_BOUND = 1e-4
 STATE_ROUNDING = {"bfloat16": 2**-9, "int8": 0.07}
+MUON_ROUNDING = 0.04
 VALIDATION_BOUND = 0.01
 
 
@@ -68,24 +72,29 @@ def build_runs(
     """Runs from the same weights, of which the last two are compared; and one of torch's fused optimizer to be timed.
 
     The usual optimizer, fusedopt's, and, where a `state_dtype` is asked for, fusedopt's with that. The models of
-    fusedopt's are patched if `patch`.
+    fusedopt's are patched if `patch`. With Muon the usual ones are two, and fusedopt's is one.
     """
-    cls = OPTIMIZERS[name]
+    cls: Any = fusedopt.Muon if name == "Muon" else OPTIMIZERS[name]
+    torch_class = cls.torch_class
     settings = SETTINGS.get(name, {})
     initial = Llama(SIZES[size])
 
     def run(label: str, make: Callable[..., torch.optim.Optimizer], swap: bool = False, **options: Any) -> Run:
         model = copy.deepcopy(initial)
-        optimizer = make(model.parameters(), **settings, **options)
-        scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
+        if make is torch_class and name == "Muon":
+            optimizers = torch_muon_and_adamw(model, settings)
+        else:
+            optimizers = [make(model if name == "Muon" else model.parameters(), **settings, **options)]
+        schedulers = [LambdaLR(optimizer, lambda step: warmup_cosine(step, steps)) for optimizer in optimizers]
         if swap:
-            fusedopt.swap(optimizer)
+            optimizers = [fusedopt.swap(optimizer) for optimizer in optimizers]
         if not (patch and label.startswith("fusedopt")):
-            return Run(label, model, optimizer, scheduler)
-        return Run(f"{label} + patch", model, optimizer, scheduler, fusedopt.patch(model).report)
+            return Run(label, model, optimizers, schedulers)
+        return Run(f"{label} + patch", model, optimizers, schedulers, fusedopt.patch(model).report)
 
-    torch_class = cls.torch_class
-    if torch_class is not None:
+    if torch_class is not None and name == "Muon":
+        runs = [run("torch Muon + AdamW", torch_class), run("fusedopt", cls)]
+    elif torch_class is not None:
         runs = [run(f"torch {name}", torch_class), run("fusedopt", torch_class, swap=True)]
     elif state_dtype is None:  # nothing to swap: fusedopt's own reference against the backend it chooses
         runs = [run("eager", cls, backend="eager"), run("fusedopt", cls)]
@@ -97,6 +106,16 @@ def build_runs(
     if torch_class is not None and "fused" in inspect.signature(torch_class).parameters:
         timed = run("torch fused", torch_class, fused=True)
     return runs, timed
+
+
+def torch_muon_and_adamw(model: Llama, settings: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """What one `fusedopt.Muon` of the model with these settings is, in torch's optimizers."""
+    groups, _ = route(model)
+    of_adamw = {name.removeprefix("adamw_"): value for name, value in settings.items() if name.startswith("adamw_")}
+    of_muon = {name: value for name, value in settings.items() if not name.startswith("adamw_")}
+    matrices = [param for group in groups if group["algorithm"] == "muon" for _, param in group["params"]]
+    others = [param for group in groups if group["algorithm"] == "adamw" for _, param in group["params"]]
+    return [torch.optim.Muon(matrices, **of_muon), torch.optim.AdamW(others, weight_decay=0.0, **of_adamw)]
 
 
 @contextmanager
@@ -157,7 +176,12 @@ def train(console: Console, runs: list[Run], timed: Run | None, text: Tensor, st
                     timed.step(text, row)
 
 
-def compare(seed: int, runs: list[Run], validation: list[float], state_dtype: str | None) -> dict[str, Any]:
+def rounding(name: str, state_dtype: str | None) -> float:
+    """What part of a step two runs may round differently, other than in the last bits."""
+    return STATE_ROUNDING.get(state_dtype or "float32", 0.0) + MUON_ROUNDING * (name == "Muon")
+
+
+def compare(seed: int, runs: list[Run], validation: list[float], rounding: float) -> dict[str, Any]:
     """How far the curves of the last two runs are apart, whether they count as the same; the first run's time over
     the last's.
     """
@@ -165,7 +189,7 @@ def compare(seed: int, runs: list[Run], validation: list[float], state_dtype: st
     differences = (torch.tensor(before.losses).double() - torch.tensor(after.losses).double()).abs()
     early = differences[:FIRST_STEPS].max().item()
     fall = max(before.losses[:FIRST_STEPS]) - min(before.losses[:FIRST_STEPS])
-    bound = FIRST_BOUND + STATE_ROUNDING.get(state_dtype or "float32", 0.0) * fall
+    bound = FIRST_BOUND + rounding * fall
     late = (validation[-1] - validation[-2]) / validation[-2]
     return {
         "seed": seed,
@@ -177,7 +201,7 @@ def compare(seed: int, runs: list[Run], validation: list[float], state_dtype: st
         "validation_relative_difference": late,
         "validation_bound": VALIDATION_BOUND,
         # Written so that a NaN, which compares false, is no agreement.
-        "same": early <= bound and (late if state_dtype in STATE_ROUNDING else abs(late)) <= VALIDATION_BOUND,
+        "same": early <= bound and (late if rounding else abs(late)) <= VALIDATION_BOUND,
         "model_speedup": runs[0].model_milliseconds() / after.model_milliseconds(),
         "optimizer_speedup": runs[0].milliseconds("optimizer") / after.milliseconds("optimizer"),
         "end_to_end_speedup": sum(runs[0].seconds["step"]) / sum(after.seconds["step"]),
@@ -208,7 +232,7 @@ def writable(context: click.Context, parameter: click.Parameter, path: Path | No
     return path
 
 
-NAME = click.Choice(list(OPTIMIZERS))
+NAME = click.Choice([*OPTIMIZERS, "Muon"], case_sensitive=False)
 STORAGE = click.Choice([name for name in STATE_DTYPES if name is not None])
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -217,6 +241,7 @@ EXAMPLES = """\b
 Examples:
   fusedopt demo --patch
   fusedopt demo --optimizer Lion
+  fusedopt demo --optimizer muon
   fusedopt demo --state-dtype int8
   fusedopt demo --state-dtype int8 --optimizer SGD --seeds 3
 """
@@ -256,7 +281,9 @@ def demo(
     All runs start from the same weights and see the same batches, on the CPU. Prints the loss curves and what
     each run cost, and draws a chart. Fails if the curves are not the same up to rounding; with --state-dtype, those
     of fusedopt with torch's storage of state and with this one. With --patch, fusedopt's runs have RMSNorm and the
-    gated MLP of its kernels too: all is swapped that can be. The text is the language reference that comes with
+    gated MLP of its kernels too: all is swapped that can be. With --optimizer muon, torch has two optimizers, Muon for
+    the matrices and AdamW for the rest, and fusedopt one for all; theirs is another training by what bfloat16 rounds,
+    and fails if the validation loss is worse by more than 1 %. The text is the language reference that comes with
     every CPython, so nothing is downloaded.
     """
     if threads is not None:
@@ -276,7 +303,7 @@ def demo(
         """The validation losses, and how the runs compare."""
         train(console, runs, timed, text[:-held_out], starts)
         validation = [run.validation_loss(text[-held_out:]) for run in runs]
-        return validation, compare(seed, runs, validation, state_dtype)
+        return validation, compare(seed, runs, validation, rounding(optimizer, state_dtype))
 
     try:
         runs, timed, starts = prepare(seed)

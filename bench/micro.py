@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import timing
+from .matrices import Flops
 from .op import Contender, Entries, Entry, Op
 from .ops import OPS
 from .presets import HOST_SERIES, PRECISIONS, Precision, Preset, Rows, elements
@@ -110,7 +111,7 @@ def run_cell(
     baselines = [label for label in who.baselines if label in right]
     if not options.baselines:
         del baselines[1:]
-    samples, moved = _sample(right, round(total * held), options, progress) if right else ({}, {})
+    samples, amounts = _sample(op, right, round(total * held), options, progress) if right else ({}, {})
 
     rows = []
     for label, contender in contenders.items():
@@ -119,16 +120,18 @@ def run_cell(
         if contender.wrong:
             row.status = "wrong"
         else:
-            _fill(row, contender, samples, moved, options.device, op.bandwidth[options.device.type])
+            _fill(row, contender, samples, options.device)
+            if contender.flops:
+                _fill_rates(row, contender.flops, samples, amounts)
+            else:
+                _fill_bandwidth(row, contender, samples, amounts, op.bandwidth[options.device.type])
             row.speedups = {name: _ratios(samples["step", name], samples["step", label]) for name in baselines}
         rows.append(row)
     return rows + absent
 
 
-def _fill(
-    row: Row, contender: Contender, samples: Samples, moved: dict[str, int], device: torch.device, bandwidth: str
-) -> None:
-    """Put the measurements of `contender` in its row. bandwidth: the kind that its own is a part of."""
+def _fill(row: Row, contender: Contender, samples: Samples, device: torch.device) -> None:
+    """Put the measurements of `contender` in its row."""
     times = samples["step", row.provider]
     row.rounds = len(times)
     row.seconds = Spread.of(times)
@@ -139,6 +142,11 @@ def _fill(
         row.state_bytes_per_param = contender.state_bytes / row.elements
     row.figures = contender.figures
     row.peak_extra_bytes = timing.peak_extra_bytes(*contender.step, device=device)
+
+
+def _fill_bandwidth(row: Row, contender: Contender, samples: Samples, moved: dict[str, float], bandwidth: str) -> None:
+    """What part of the memory's bandwidth it has. bandwidth: the kind that its own is a part of."""
+    times = samples["step", row.provider]
     row.bandwidth = {name: moved[name] / Spread.of(samples["bandwidth", name]).median for name in moved}
     if contender.moved_bytes >= MEMORY_BOUND_BYTES:
         row.bandwidth_used = bandwidth
@@ -146,13 +154,36 @@ def _fill(
         row.bandwidth_fraction = of * contender.moved_bytes / moved[bandwidth]
 
 
+def _fill_rates(row: Row, flops: Flops, samples: Samples, amounts: dict[str, float]) -> None:
+    """How fast it is next to torch's matrix products, in the dtype in which those are fastest."""
+    times = samples["step", row.provider]
+    row.matmul = {name: amounts[name] / Spread.of(samples["matmul", name]).median for name in amounts}
+    best = max(row.matmul, key=row.matmul.__getitem__)
+    part = 100 * _ratios(samples["matmul", best], times).median / amounts[best]
+    rates = {
+        "naive GFLOP/s": flops.dense / Spread.of(times).median / 1e9,
+        "% of dense": part * flops.dense,
+        "% of symmetric": part * flops.symmetric,
+    }
+    row.figures = rates | row.figures
+
+
 def _sample(
-    contenders: dict[str, Contender], nbytes: int, options: Options, progress: Callable[[float], None]
-) -> tuple[Samples, dict[str, int]]:
-    """Samples of ("step", label), ("host", label), ("bandwidth", kind); and what each kind of bandwidth moves."""
+    op: Op, contenders: dict[str, Contender], nbytes: int, options: Options, progress: Callable[[float], None]
+) -> tuple[Samples, dict[str, float]]:
+    """Samples of ("step", label), ("host", label), and of ("bandwidth", kind), with what each of these moves; or, of an
+    op that multiplies, of ("matmul", dtype), with their flops.
+    """
     before = timing.training_interlude(options.device, options.seed) if options.in_loop else None
-    bandwidth, moved = timing.bandwidth_samplers(nbytes, options.device)
-    samplers = {("bandwidth", name): sampler for name, sampler in bandwidth.items()}
+    amounts: dict[str, float]
+    if op.multiplies:
+        matmuls, flops = timing.matmul_samplers(options.device)
+        samplers = {("matmul", name): sampler for name, sampler in matmuls.items()}
+        amounts = dict.fromkeys(matmuls, flops)
+    else:
+        bandwidth, moved = timing.bandwidth_samplers(nbytes, options.device)
+        samplers = {("bandwidth", name): sampler for name, sampler in bandwidth.items()}
+        amounts = {**moved}
     for label, contender in contenders.items():
         host, step = contender.host_step or contender.step, contender.step
         samplers["step", label] = timing.device_sampler(step.call, options.device, _both(before, step.before))
@@ -160,7 +191,7 @@ def _sample(
     samples = timing.interleave(
         samplers, rounds=options.rounds, seconds=options.seconds, seed=options.seed, progress=progress
     )
-    return samples, moved
+    return samples, amounts
 
 
 def _both(first: Call | None, second: Call | None) -> Call | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -150,13 +151,14 @@ def warmup_cosine(step: int, steps: int) -> float:
 class Run:
     """One model in training, with the record of its steps: losses, and seconds by phase.
 
+    optimizers: which share the parameters among them; each has one of the schedulers.
     patched: what `fusedopt.patch` says of the model, where it is patched.
     """
 
     label: str
     model: Llama
-    optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
+    optimizers: Sequence[torch.optim.Optimizer]
+    schedulers: Sequence[LambdaLR]
     patched: Report | None = None
     losses: list[float] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (*PHASES, "step")})
@@ -170,10 +172,12 @@ class Run:
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         marks.append(time.perf_counter())
-        self.optimizer.zero_grad()
-        self.scheduler.step()
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.zero_grad()
+            scheduler.step()
         self.losses.append(loss.item())
         self.seconds["step"].append(time.perf_counter() - begin)
         for name, (start, end) in zip(PHASES, pairwise(marks), strict=True):
@@ -202,5 +206,6 @@ class Run:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def state_bytes(self) -> int:
-        tensors = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        tensors = [x for state in states for x in state.values() if isinstance(x, Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors)

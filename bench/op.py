@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from .matrices import Flops
 from .presets import Precision, Shape
 from .timing import Call
 
@@ -44,6 +45,7 @@ class Contender:
     wrong: what is wrong with its results, or ""; then nothing else counts.
     step: the work on the cell's tensors. host_step: the same on tensors of next to no elements (on the CPU).
     moved_bytes: the least that must be read and written, stored as it is.
+    flops: of matrix products, if its time is theirs: those that the plain algorithm takes, whichever it has.
     state_bytes: what it keeps from step to step, if it is an optimizer.
     figures: what else there is to say, by the name of the column.
     error: the distance to the reference, at most `limit` unless wrong.
@@ -55,6 +57,7 @@ class Contender:
     host_step: Work | None = None
     moved_bytes: int = 0
     state_bytes: int | None = None
+    flops: Flops | None = None
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     error: float = math.nan
     limit: float = math.nan
@@ -73,6 +76,7 @@ class Op(abc.ABC):
     default_presets, default_baselines: unless others are asked for; of the baselines the first that has the op.
     passes: the parts of the op that can be measured alone, if any.
     bandwidth: by type of device, the kind of `timing.bandwidth_samplers` that its own is a part of.
+    multiplies: whether its time is that of matrix products, and their rate measured beside it, not the bandwidth.
     """
 
     name: str
@@ -83,7 +87,8 @@ class Op(abc.ABC):
     default_presets: ClassVar[Sequence[str]]
     default_baselines: ClassVar[Sequence[str]]
     passes: ClassVar[Sequence[str]] = ()
-    bandwidth: ClassVar[Mapping[str, str]]
+    bandwidth: ClassVar[Mapping[str, str]] = {}
+    multiplies: ClassVar[bool] = False
 
     def lacks(self, provider: str, precision: Precision, device: torch.device) -> str | None:
         """Why the provider of this name cannot contend, or None."""

@@ -7,12 +7,20 @@ from typing import Any
 
 import fusedopt.optim
 
+from .matrix_op import MatrixOp
+from .muon_op import MuonOp
 from .op import Op
 from .optimizer_op import OptimizerOp
 from .row_op import FUNCTIONS, RowOp
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (*map(OptimizerOp, fusedopt.optim.OPTIMIZERS), *map(RowOp, FUNCTIONS.values()))
+    op.name: op
+    for op in (
+        *map(OptimizerOp, fusedopt.optim.OPTIMIZERS),
+        *map(RowOp, FUNCTIONS.values()),
+        MuonOp(),
+        MatrixOp(),
+    )
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -31,13 +31,26 @@ class OptimizerOp(Op):
     providers = PROVIDERS
     presets = PRESETS
     precisions = PRECISIONS
-    default_presets = ("mlp", "many", "large")
-    default_baselines = ("torch-fused", "torch", "fusedopt-eager")
+    default_presets: ClassVar[Sequence[str]] = ("mlp", "many", "large")
+    default_baselines: ClassVar[Sequence[str]] = ("torch-fused", "torch", "fusedopt-eager")
     bandwidth = {"cpu": "in-place", "cuda": "copy"}
+    steps = STEPS
+    tiny: Shape = (1,)  # of a tensor of next to no elements
 
     def __init__(self, optimizer: str) -> None:
         self.optimizer = optimizer
         self.name = self.title = optimizer.lower()
+
+    def settings(self) -> Settings:
+        """Every numeric hyperparameter by name, since peers have other defaults."""
+        parameters = inspect.signature(fusedopt.optim.OPTIMIZERS[self.optimizer]).parameters
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        numbers = {k: v for k, v in defaults.items() if isinstance(v, (int, float, tuple)) and not isinstance(v, bool)}
+        return {name: SETTINGS.get(name, value) for name, value in numbers.items() if name not in GROUP_OPTIONS}
+
+    def reference(self, entry: Entry, data: Data) -> Any:
+        """What has `step`, with the data's gradient, and `error` of parameters: how far they are off, and may be."""
+        return _Reference(entry, data)
 
     def refuses(self, provider: OptimizerProvider, precision: Precision) -> str | None:
         return provider.lacks(self.optimizer, precision)
@@ -47,7 +60,7 @@ class OptimizerOp(Op):
 
     def held_bytes(self, entry: Entry) -> float:
         """Parameter, gradient and states."""
-        reference = _Reference(entry, _Data([(2,)], torch.device("cpu"), seed=0))
+        reference = _Reference(entry, Data([(2,)], torch.device("cpu"), seed=0))
         reference.step()
         states = sum(tensor.numel() // 2 for tensor in _stored(reference.optimizer.state))
         return 2 * entry.precision.param.itemsize + states * entry.precision.state_bytes
@@ -55,11 +68,11 @@ class OptimizerOp(Op):
     def contenders(
         self, entries: Entries, shapes: list[Shape], device: torch.device, seed: int
     ) -> dict[str, Contender]:
-        """The contender of each entry, after `STEPS` checked steps from the same data."""
-        data = _Data(shapes, device, seed)
-        references = {(entry.op, entry.precision): _Reference(entry, data) for entry in entries.values()}
+        """The contender of each entry, after `steps` checked steps from the same data."""
+        data = Data(shapes, device, seed)
+        references = {(entry.op, entry.precision): entry.op.reference(entry, data) for entry in entries.values()}
         runs = {label: _Run(entry, data) for label, entry in entries.items()}
-        for _ in range(STEPS):
+        for _ in range(self.steps):
             data.draw_gradient()
             for reference in references.values():
                 reference.step()
@@ -68,7 +81,7 @@ class OptimizerOp(Op):
         return {label: run.contender(references[run.entry.op, run.entry.precision]) for label, run in runs.items()}
 
 
-class _Data:
+class Data:
     """Parameters and the gradients of one step after another, the same for every contender: float32, all in one.
 
     Gradients are ±0.5 or ±1.5. Squares of much smaller ones underflow in float16 state, in whatever library; and with
@@ -106,15 +119,15 @@ class _Reference:
     It is torch's own optimizer where torch has it, and the eager backend where not.
     """
 
-    def __init__(self, entry: Entry, data: _Data) -> None:
-        optimizer, self.precision, self.data = entry.op.optimizer, entry.precision, data
+    def __init__(self, entry: Entry, data: Data) -> None:
+        self.precision, self.data, settings = entry.precision, data, entry.op.settings()
         self.start = self._exact(data.start)
         self.param = torch.nn.Parameter(self.start.clone())
-        cls: Any = fusedopt.optim.OPTIMIZERS[optimizer]
+        cls: Any = fusedopt.optim.OPTIMIZERS[entry.op.optimizer]
         if cls.torch_class is None:
-            self.optimizer = cls([self.param], **_settings(optimizer), backend="eager")
+            self.optimizer = cls([self.param], **settings, backend="eager")
         else:
-            self.optimizer = cls.torch_class([self.param], **_settings(optimizer), foreach=False)
+            self.optimizer = cls.torch_class([self.param], **settings, foreach=False)
 
     def _exact(self, flat: torch.Tensor) -> torch.Tensor:
         return flat[self.data.checked].to(self.precision.param).double()
@@ -136,7 +149,7 @@ class _Reference:
 class _Run:
     """A provider's optimizer with its own parameters and gradients, stepped along with the reference."""
 
-    def __init__(self, entry: Entry, data: _Data) -> None:
+    def __init__(self, entry: Entry, data: Data) -> None:
         self.entry, self.data = entry, data
         self.params, self.gradients = _with_gradients(data.tensors(data.start), entry.precision.param)
         self.optimizer: torch.optim.Optimizer | None = None
@@ -148,13 +161,13 @@ class _Run:
             self.failure = failure(error)
 
     def _make(self, params: Params) -> torch.optim.Optimizer:
-        optimizer, precision = self.entry.op.optimizer, self.entry.precision
-        made: torch.optim.Optimizer = self.entry.provider.make(optimizer, params, _settings(optimizer), precision)
+        op, precision = self.entry.op, self.entry.precision
+        made: torch.optim.Optimizer = self.entry.provider.make(op.optimizer, params, op.settings(), precision)
         return made
 
     def _host_step(self) -> Work:
         """A step over as many tensors of one element each, whose time is the host's work alone."""
-        params, _ = _with_gradients([torch.ones(1)] * len(self.params), self.entry.precision.param)
+        params, _ = _with_gradients([torch.ones(self.entry.op.tiny)] * len(self.params), self.entry.precision.param)
         host = self._make(params)
         host.step()
         return Work(host.step)
@@ -169,7 +182,7 @@ class _Run:
         except Exception as error:
             self.failure = failure(error)
 
-    def contender(self, reference: _Reference) -> Contender:
+    def contender(self, reference: Any) -> Contender:
         if self.optimizer is None or self.failure:
             return Contender(wrong=self.failure)
         stored = list(_stored(self.optimizer.state))
@@ -202,14 +215,6 @@ def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _settings(optimizer: str) -> Settings:
-    """Every numeric hyperparameter by name, since peers have other defaults."""
-    parameters = inspect.signature(fusedopt.optim.OPTIMIZERS[optimizer]).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    numbers = {k: v for k, v in defaults.items() if isinstance(v, (int, float, tuple)) and not isinstance(v, bool)}
-    return {name: SETTINGS.get(name, value) for name, value in numbers.items() if name not in GROUP_OPTIONS}
 
 
 def _stored(state: Any) -> Iterator[torch.Tensor]:

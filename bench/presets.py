@@ -97,6 +97,30 @@ PRESETS = {
     )
 }
 
+
+def _matrices(about: str, layers: int, *layer: Shape) -> Preset:
+    name = "x".join(map(str, layer[0] if layers == 1 else (layers, *layer[0])))
+    return Preset(name, about, layers, layer)
+
+
+MATRICES = {
+    preset.name: preset
+    for preset in (
+        *(_matrices("a square matrix", 1, (size, size)) for size in (128, 256, 512, 768, 1024, 2048)),
+        _matrices("a wide matrix", 1, (1024, 4096)),
+        _matrices("a tall matrix", 1, (4096, 1024)),
+        _matrices("the MLP of GPT-2 small", 1, (768, 3072)),
+        _matrices("64 matrices of 128 by 128", 64, (128, 128)),
+        _matrices("12 matrices of 768 by 768", 12, (768, 768)),
+        Preset(
+            "gpt2-matrices",
+            "the 48 matrices of GPT-2 small's layers: 85M elements",
+            12,
+            ((2304, 768), (768, 768), (3072, 768), (768, 3072)),
+        ),
+    )
+}
+
 # The members hold the same elements in ever more tensors: their times differ by the host's cost per tensor.
 HOST_SERIES = ("host100", "host1000", "host10000")
 
@@ -133,7 +157,11 @@ ROWS = {
     )
 }
 
-SERIES = {"host": HOST_SERIES, "hidden": tuple(name for name in ROWS if name.startswith("hidden"))}
+SERIES = {
+    "host": HOST_SERIES,
+    "hidden": tuple(name for name in ROWS if name.startswith("hidden")),
+    "square": tuple(name for name, preset in MATRICES.items() if preset.about == "a square matrix"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

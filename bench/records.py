@@ -38,6 +38,7 @@ class Row:
     host_seconds: on the CPU a step over as many tensors of one element, on a GPU the time to launch a step.
     bytes_per_param: for each of `elements`, the least that must be read and written.
     bandwidth_used: the one of `bandwidth` (bytes/s, measured in the same rounds) that `bandwidth_fraction` is of.
+    matmul: flop/s of torch's dense products by dtype, measured in the same rounds, where they are what takes the time.
     speedups: for each baseline, how many times its time this one's goes into it: medians of ratios round by round.
     figures: what else there is to say, by the name of the column in the table.
     error, error_limit: distance to the float64 reference, in units in the last place (8-bit state: of the whole step).
@@ -60,6 +61,7 @@ class Row:
     bandwidth: dict[str, float] = dataclasses.field(default_factory=dict)
     bandwidth_used: str = ""
     bandwidth_fraction: float | None = None
+    matmul: dict[str, float] = dataclasses.field(default_factory=dict)
     state_bytes_per_param: float | None = None
     peak_extra_bytes: int | None = None
     speedups: dict[str, Spread] = dataclasses.field(default_factory=dict)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .micro import host_costs
 from .records import Row, Run
+from .timing import MATMUL_SIZE
 
 NONE = "–"
 UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
@@ -69,9 +70,11 @@ def cells(rows: Sequence[Row]) -> Iterator[Cell]:
         step_unit = _unit([row.seconds.median for row in members if row.seconds])
         host_unit = _unit([row.host_seconds.median for row in members if row.host_seconds])
         figures = list(dict.fromkeys(name for row in members for name in _figures(row)))
-        header = ["provider", f"time {step_unit[0]}", "p20–p80", f"host {host_unit[0]}", "GB/s", "% of bw"]
+        header = ["provider", f"time {step_unit[0]}", "p20–p80", f"host {host_unit[0]}"]
+        streams = not any(row.matmul for row in members)
+        header += ["GB/s", "% of bw"] if streams else []
         header += [*figures, "extra MiB", *(f"× {name}" for name in against), "check"]
-        lines = [(row, _words(row, step_unit[1], host_unit[1], figures, against)) for row in members]
+        lines = [(row, _words(row, step_unit[1], host_unit[1], streams, figures, against)) for row in members]
         yield Cell(f"{op} · {preset}{scaled} · {dtype}{size}", _caption(members), header, lines)
 
 
@@ -94,17 +97,19 @@ def _figures(row: Row) -> dict[str, float]:
     return row.figures if state is None else {"state B/param": state, **row.figures}
 
 
-def _words(row: Row, step_scale: float, host_scale: float, figures: Sequence[str], against: Sequence[str]) -> list[str]:
+def _words(
+    row: Row, step_scale: float, host_scale: float, streams: bool, figures: Sequence[str], against: Sequence[str]
+) -> list[str]:
+    bandwidth = [_optional(row.bytes_per_second, ".1f", 1e9), _optional(row.bandwidth_fraction, ".0%")]
     if not row.seconds or not row.host_seconds:
-        return [row.provider, *[NONE] * (6 + len(figures) + len(against)), f"{row.status}: {row.note}"]
+        return [row.provider, *[NONE] * (4 + 2 * streams + len(figures) + len(against)), f"{row.status}: {row.note}"]
     return [
         row.provider,
         _digits(row.seconds.median / step_scale),
         f"{_digits(row.seconds.p20 / step_scale)}–{_digits(row.seconds.p80 / step_scale)}",
         _digits(row.host_seconds.median / host_scale),
-        _optional(row.bytes_per_second, ".1f", 1e9),
-        _optional(row.bandwidth_fraction, ".0%"),
-        *[_optional(_figures(row).get(name), ".2f") for name in figures],
+        *(bandwidth if streams else []),
+        *[_figure(_figures(row).get(name)) for name in figures],
         _optional(row.peak_extra_bytes, ".1f", 2**20),
         *[_optional(row.speedups[name].median, ".2f") if name in row.speedups else NONE for name in against],
         f"right, {row.note}" if row.note else "right",
@@ -112,6 +117,15 @@ def _words(row: Row, step_scale: float, host_scale: float, figures: Sequence[str
 
 
 def _caption(rows: Sequence[Row]) -> str:
+    products = next((row for row in rows if row.matmul), None)
+    if products:
+        best = max(products.matmul, key=products.matmul.__getitem__)
+        measured = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in products.matmul.items())
+        return (
+            f"{products.rounds} rounds; naive GFLOP/s counts what the plain iteration would take, whoever takes less; "
+            f"torch's matmul, {MATMUL_SIZE} square, measured beside, in GFLOP/s: {measured}; "
+            f"% are of the time that {best} would take for all products, and for half of the symmetric ones"
+        )
     timed = next((row for row in rows if row.bandwidth), None)
     if timed is None:
         return "nobody was timed"
@@ -130,6 +144,11 @@ def _unit(seconds: Sequence[float]) -> tuple[str, float]:
 def _digits(value: float) -> str:
     """Three digits, or all before the point."""
     return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f}"
+
+
+def _figure(value: float | None) -> str:
+    """Two decimals; three of what is small, as errors are."""
+    return _optional(value, ".3f" if value is not None and 0 < abs(value) < 1 else ".2f")
 
 
 def _optional(value: float | None, form: str, scale: float = 1.0) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import random
 import statistics
@@ -152,6 +153,19 @@ def bandwidth_samplers(nbytes: int, device: torch.device) -> tuple[dict[str, Sam
     calls: dict[str, Call] = {"in-place": lambda: buffer.mul_(1.0), "copy": lambda: target.copy_(source)}
     moved = {"in-place": 2 * buffer.nbytes, "copy": 2 * target.nbytes}
     return {name: device_sampler(call, device) for name, call in calls.items()}, moved
+
+
+MATMUL_SIZE = 2048  # of square matrices: large enough for any processor's full rate
+
+
+def matmul_samplers(device: torch.device) -> tuple[dict[str, Sampler], float]:
+    """Samplers of torch's product of two square matrices, by the name of the dtype, and its flops."""
+    dtypes = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type == "cuda")
+    calls: dict[str, Call] = {}
+    for dtype in dtypes:
+        matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
+        calls[str(dtype).removeprefix("torch.")] = functools.partial(torch.mm, matrix, matrix, out=matrix.clone())
+    return {name: device_sampler(call, device) for name, call in calls.items()}, 2.0 * MATMUL_SIZE**3
 
 
 def training_interlude(device: torch.device, seed: int) -> Call:

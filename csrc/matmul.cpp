@@ -23,7 +23,7 @@ namespace {
 constexpr double products_per_thread = 1 << 20, products_with_lock = 1 << 19;
 
 // Where there are fewer tiles for each thread, one that other work delays is waited for longer.
-constexpr int64_t tiles_per_thread = 2, least_tile = 64;
+constexpr int64_t tiles_per_thread = 4, least_tile = 64;
 
 // --- arguments ---
 

@@ -210,7 +210,10 @@ def newton_schulz(
                 torch._foreach_mul_(z, b)
             if step == 0:
                 # a X is not added apart from Z X: X would be rounded in one of them only, and they cancel in part.
-                torch._foreach_copy_(q, z)
+                if len(segment) > 1:
+                    torch._foreach_copy_(q, z)
+                else:
+                    q, z = z, q
                 for each in q:
                     each.diagonal(dim1=-2, dim2=-1).add_(a)
             else:

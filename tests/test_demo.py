@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import fusedopt
-from fusedopt.bench.demo import FIRST_STEPS, demo
+from fusedopt.bench.demo import FIRST_STEPS, SETTINGS, demo, torch_muon_and_adamw
 from fusedopt.bench.model import SIZES, Llama, rotary_angles, rotate, warmup_cosine
 
 EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/*.py"))
@@ -129,6 +129,62 @@ def test_patch_swaps_the_model_too(tmp_path: Path) -> None:
     assert result["config"]["patch"] and not results(tmp_path)["config"]["patch"]
 
 
+def test_muon(tmp_path: Path) -> None:
+    result = results(tmp_path, "--optimizer", "muon", "--seeds", "2")
+    first, second = result["runs"]
+    assert [first["label"], second["label"]] == ["torch Muon + AdamW", "fusedopt"]
+    assert first["losses"][0] == second["losses"][0] and first["losses"] != second["losses"]
+    # Within what bfloat16 products move a loss, of which each takes 1 to 2 % of a step.
+    fall = max(first["losses"]) - min(first["losses"])
+    assert result["comparison"]["max_loss_difference"] < 0.02 * fall
+    assert result["comparison"]["first_steps_bound"] == pytest.approx(1e-4 + 0.04 * fall)
+    (other,) = result["comparison"]["other_seeds"]
+    assert len(result["comparison"]["validation_losses"]) == len(other["validation_losses"]) == 2
+    config = SIZES["tiny"]
+    others = 2 * config.vocabulary * config.dim + (2 * config.layers + 1) * config.dim
+    matrices = result["config"]["parameters"] - others
+    counters = 4 * (2 + 2 * config.layers + 1)
+    for run in (first, second):
+        assert run["state_bytes"] == 4 * matrices + 8 * others + counters
+    assert result["config"]["settings"]["lr"] == 0.02 and result["fused_optimizer_ms"] is None
+
+
+def test_torchs_two_optimizers_are_set_as_the_one() -> None:
+    model = Llama(SIZES["tiny"])
+    ours = fusedopt.Muon(model, **SETTINGS["Muon"]).param_groups
+    theirs = [group for each in torch_muon_and_adamw(model, SETTINGS["Muon"]) for group in each.param_groups]
+    assert len(ours) == len(theirs) == 2
+    for group, other in zip(ours, theirs, strict=True):
+        assert list(map(id, group["params"])) == list(map(id, other["params"]))
+        both = set(group) & set(other) - {"params"}
+        assert {"lr", "weight_decay", "betas" if group["algorithm"] == "adamw" else "momentum"} <= both
+        assert {name: group[name] for name in both} == {name: other[name] for name in both}
+
+
+def test_muon_with_all_options(tmp_path: Path) -> None:
+    result = results(tmp_path, "--optimizer", "Muon", "--patch", "--state-dtype", "int8")
+    labels = [run["label"] for run in result["runs"]]
+    assert labels == ["torch Muon + AdamW", "fusedopt + patch", "fusedopt int8 + patch"]
+    assert result["runs"][2]["state_bytes"] < 0.7 * result["runs"][1]["state_bytes"]
+
+
+def test_muon_where_torch_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusedopt.Muon, "torch_class", None)
+    labels = [run["label"] for run in results(tmp_path, "--optimizer", "muon")["runs"]]
+    assert labels == ["eager", "fusedopt"]
+
+
+def test_notices_another_training_with_muon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(fusedopt.Muon):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **{**settings, "adamw_lr": 1e-3})
+
+    monkeypatch.setattr(fusedopt, "Muon", Wrong)
+    result = run(tmp_path, "--optimizer", "muon")
+    assert result.exit_code == 1
+    assert "not the same training" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "labels"),
     [
@@ -211,7 +267,7 @@ def test_notices_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--optimizer", "Adan"], "AdamW"),
+        (["--optimizer", "Adan"], "adamw"),
         (["--state-dtype", "int3"], "int3"),
         (["--steps", "1"], "--steps"),
         (["--seeds", "0"], "--seeds"),
