@@ -63,11 +63,12 @@ class Plan(NamedTuple):
         return [steps[begin:end] for begin, end in itertools.pairwise((0, *restarts, len(steps)))]
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(
     rows: int,
     columns: int,
     device: torch.device,
-    steps: Sequence[Coefficients],
+    steps: tuple[Coefficients, ...],
     dtype: torch.dtype | None = None,
     method: str = "auto",
     backend: str | None = None,
