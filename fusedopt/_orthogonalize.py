@@ -245,10 +245,11 @@ def _normalized(
 ) -> tuple[Batches, list[Tensor]]:
     """Batches, and what is still to be multiplied with each of their matrices; `r` is X X^T as if it had been.
 
-    The norms come from X X^T, so that no pass over X is needed where a float32 can hold its squares.
+    The norms come from X X^T, so that no pass over X is needed where a float32 can hold its squares. Whether it can, a
+    GPU would be waited for.
     """
     fits = [torch.zeros(len(x), 1, 1, dtype=torch.bool, device=x.device) for x in xs]
-    if all(x.dtype is each.dtype and x.dtype.itemsize >= 4 for x, each in zip(xs, r, strict=True)):
+    if all(x.is_cpu and x.dtype is each.dtype and x.dtype.itemsize >= 4 for x, each in zip(xs, r, strict=True)):
         products.gram(xs, r)
         squares = [_squared_norm(each, norm) for each in r]
         fits = [(square > _LEAST_SQUARE) & (square < _GREATEST_SQUARE) for square in squares]

@@ -44,9 +44,9 @@ def test_readme() -> None:
             stated = (ROOT / "fusedopt" / "rules.py").read_text().splitlines()
             assert [line for line in block.splitlines() if line not in stated] == [], "the rule it quotes has changed"
             continue
-        names: dict[str, Any] = {"model": model, "torch": torch, "fusedopt": fusedopt}
+        names: dict[str, Any] = {"model": model, "torch": torch, "fusedopt": fusedopt, "G": torch.eye(3)}
         exec(block, names)
-        assert isinstance(names["opt"], fusedopt.AdamW)
+        assert isinstance(names["opt"], fusedopt.AdamW | fusedopt.Muon)
         model(torch.ones(3)).sum().backward()
         names["opt"].step()
 

@@ -247,7 +247,7 @@ def test_step_by_step(name: str, config: dict[str, Any], backend: str) -> None:
         assert param.grad is not None
         param.grad *= 10.0 ** torch.linspace(-4, 1, param.numel()).view(shape)  # each block has its own scale
         grad = param.grad.double() * (-1 if config.get("maximize") else 1)
-        scalars, _ = optimizer._scalars(0, *optimizer._count(state, rule, ""))
+        scalars, _ = optimizer._scalars(0, *optimizer._count(state, group, ""))
         before = [read(key)[0] if key in state else start for key in kinds]
         expected, *after = rule.reference(param.detach().double(), grad, *before, *scalars)
         optimizer.step()
