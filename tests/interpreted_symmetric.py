@@ -19,6 +19,10 @@ import triton.language as tl
 from helpers import assert_same_bits, pairwise, surroundings, values
 from torch import Tensor
 
+import fusedopt
+from fusedopt._matrix import Workspace
+from fusedopt._orthogonalize import METHODS, newton_schulz, plan
+from fusedopt._schedules import coefficients_of
 from fusedopt.kernels.codecs import pointer
 from fusedopt.kernels.symmetric import multiply, symmetric
 from fusedopt.kernels.symmetric_kernel import rectangular, triangular
@@ -420,3 +424,32 @@ def test_orders_agree() -> None:
         together = symmetric([xs[i] for i in order], None, None, 0.0, 1.0, tile=TILE)
         for index, found in zip(order, together, strict=True):
             assert_same_bits(found, alone[index])
+
+
+# --- the iteration on them ---
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+def test_orthogonalize(dtype: torch.dtype, method: str) -> None:
+    """An element's error is of some units of the factors' last place, where no singular value is small."""
+    for shape in [(40, 72), (72, 40), (2, 24, 60)]:
+        g = values(shape, 3)
+        with fusedopt.use_backend("triton"):
+            found = fusedopt.orthogonalize(g, dtype=dtype, method=method)
+        with fusedopt.use_backend("eager"):
+            wanted = fusedopt.orthogonalize(g.double(), method=method)
+        assert (found.double() - wanted).abs().max() < 16 * torch.finfo(dtype).eps
+
+
+def test_shapes_are_orthogonalized_together() -> None:
+    """As Muon has a GPU do it: with the bits of one shape after another."""
+    xs = [values(shape, 4, index) for index, shape in enumerate([(2, 24, 40), (1, 40, 24), (1, 33, 70)])]
+    steps = coefficients_of("jordan", 5)
+    how = plan(24, 40, torch.device("cpu"), steps, HALF, "gram", "triton")
+    scales = [1.0, 0.5, 2.0]
+    together = newton_schulz(xs, steps, how, Workspace(), norm="schatten4", eps=1e-7, scales=scales)
+    for x, scale, found in zip(xs, scales, together, strict=True):
+        (alone,) = newton_schulz([x], steps, how, Workspace(), norm="schatten4", eps=1e-7, scales=[scale])
+        assert found.shape == x.shape and found.dtype == HALF
+        assert_same_bits(found, alone)
