@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt import Muon, _muon
+from fusedopt import Muon, _muon, _muon_units
 from fusedopt._muon import ADAMW_DEFAULTS, ROW_STATE
 
 BACKENDS = [name for name in USABLE if name in ("cpu", "eager")]
@@ -312,6 +312,27 @@ def test_bad_input_changes_nothing(break_it: Any, error: Any, message: str, back
     for param, state in optimizer.state.items():
         assert list(state) == list(states[param])
         assert all(torch.equal(value, states[param][name]) for name, value in state.items())
+
+
+@on_both
+@pytest.mark.parametrize(
+    ("index", "broken"), [(0, {"lr": float("inf"), "weight_decay": 0.0}), (1, {"eps": float("nan")})]
+)
+def test_a_first_step_that_fails_leaves_no_state(index: int, broken: dict[str, float], backend: str) -> None:
+    params, optimizer = two_groups(backend)
+    fill_gradients(params, 0)
+    optimizer.param_groups[index].update(broken)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError):
+        optimizer.step()
+    assert not optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+def test_what_is_computed_together_fits_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_muon_units, "LARGEST_WORKSPACE", 3 * 6 * 100)
+    matrices: list[Any] = [(None, torch.empty(1, 10, 10), 1.0)] * 7 + [(None, torch.empty(1, 30, 30), 1.0)]
+    assert [len(some) for some in _muon_units.in_workspace(matrices)] == [3, 3, 1, 1]
 
 
 @pytest.mark.parametrize(
