@@ -47,18 +47,18 @@ class FusedNorm(Fused):
     eps: str
     casting: str
     offset: float
+    widest_eps: float  # where eps is None, the largest that a dtype has
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         [x] = (*args, *kwargs.values())
         weight = getattr(self.module, self.weight) if self.weight else None
-        return rms_norm(x, weight, self.epsilon(), offset=self.offset, casting=self.casting)
-
-    def epsilon(self) -> float:
         eps = getattr(self.module, self.eps)
-        return torch.finfo(torch.float32).eps if eps is None else eps
+        if eps is None:
+            eps = min(torch.finfo(x.dtype).eps, self.widest_eps)
+        return rms_norm(x, weight, eps, offset=self.offset, casting=self.casting)
 
     def options(self) -> dict[str, Any]:
-        return {"casting": self.casting, "offset": self.offset, "eps": self.epsilon()}
+        return {"casting": self.casting, "offset": self.offset, "eps": getattr(self.module, self.eps)}
 
 
 @dataclasses.dataclass(eq=False)
@@ -273,10 +273,22 @@ def _norm_of(module: nn.Module, token: str, names: dict[str, Any], casting: str,
         raise Unknown(f"its {names['weight']} is not of one dimension")
     if not isinstance(getattr(module, names["eps"]), (float, types.NoneType)):
         raise Unknown(f"its {names['eps']} is no float")
-    form = module, token, "rms_norm", names.get("weight"), names["eps"], casting, offset
+    widest_eps = torch.finfo(torch.float32).eps
+    if "normalized_shape" in names and _composed():
+        casting, widest_eps = "llama", 1.0
+    form = module, token, "rms_norm", names.get("weight"), names["eps"], casting, offset, widest_eps
     if "act" not in names:
         return FusedNorm(*form)
     return FusedGatedNorm(*form, list(inspect.signature(module.forward).parameters), _kind_of(module, names["act"]))
+
+
+@functools.cache
+def _composed() -> bool:
+    """Whether this torch is an older release, whose `F.rms_norm` is made of other operations: in 16 bits it rounds
+    before it multiplies by the weight, and an eps that is None is that of 16 bits.
+    """
+    x = torch.full((1,), 2**-12, dtype=torch.bfloat16, device="cpu")
+    return F.rms_norm(x, (1,)).item() < 0.1  # x / sqrt(x ** 2 + eps)
 
 
 def _mlp_of(module: nn.Module, token: str, names: dict[str, Any]) -> Fused:

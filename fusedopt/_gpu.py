@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .binding import Rule
 
-_CAN_CAPTURE = torch.backends.cuda.is_built()  # else torch has only a placeholder for the question
-
 NOT_WARMED_UP = (
     "a step is captured in a CUDA graph whose tables have not been made yet; run one step without capturing it first, "
     "on the same gradients' sizes, as torch.cuda.graphs asks for"
@@ -147,7 +145,8 @@ def control_of(scale: Tensor | None, found_inf: Tensor | None, device: torch.dev
 
 def is_capturing() -> bool:
     """Whether the current stream is being captured in a CUDA graph."""
-    return _CAN_CAPTURE and torch.cuda.is_current_stream_capturing()
+    # Not asked before CUDA is in use: a build for CUDA on a machine without its driver raises.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager

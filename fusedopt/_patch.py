@@ -28,8 +28,8 @@ class Patched(NamedTuple):
     options: dict[str, Any]
 
     def __str__(self) -> str:
-        options = {name: value if isinstance(value, str) else f"{value:g}" for name, value in self.options.items()}
-        return ", ".join([self.kind, *(" ".join(option) for option in options.items())])
+        values = [f"{value:g}" if isinstance(value, float) else value for value in self.options.values()]
+        return ", ".join([self.kind, *(f"{name} {value}" for name, value in zip(self.options, values))])
 
 
 class Left(NamedTuple):

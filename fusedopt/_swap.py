@@ -87,7 +87,10 @@ def _swap(optimizer: Any, wrapper: Any, options: dict[str, Any]) -> None:
     if peer:
         _take_over(optimizer, new, translated, "state_dtype" in options)
         options = {**_options_of(translated.defaults), **options}
-    optimizer.defaults.update({**new.group_options, **_options_of(optimizer.defaults), **options})
+    # Older releases of torch lack an option or two; __setstate__ gives it to groups that do not have it.
+    for name, default in _defaults_of(new).items():
+        optimizer.defaults.setdefault(name, default)
+    optimizer.defaults.update(options)
     for group, group_options in zip(optimizer.param_groups, changed, strict=True):
         group.update(group_options)
         for param in group["params"]:
@@ -100,7 +103,7 @@ def _swap(optimizer: Any, wrapper: Any, options: dict[str, Any]) -> None:
 
 def _take_over(optimizer: Any, new: Any, translated: _foreign.Translated, one_state_dtype: bool) -> None:
     """Put what was translated in the place of the peer's own."""
-    optimizer.defaults = {**new([torch.nn.Parameter(torch.empty(0))]).defaults, **translated.defaults}
+    optimizer.defaults = {**_defaults_of(new), **translated.defaults}
     for group, ours in zip(optimizer.param_groups, translated.groups, strict=True):
         group.clear()
         group.update(ours)
@@ -108,6 +111,11 @@ def _take_over(optimizer: Any, new: Any, translated: _foreign.Translated, one_st
         optimizer.state[param] = dict(state)
     for param, state_dtype in () if one_state_dtype else translated.state_dtypes.items():
         param.optimizer_state_dtype = state_dtype  # type: ignore[attr-defined]
+
+
+def _defaults_of(new: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = new([torch.nn.Parameter(torch.empty(1, 1))]).defaults  # Muon takes matrices only
+    return defaults
 
 
 def _options_of(group: dict[str, Any]) -> dict[str, Any]:

@@ -121,15 +121,17 @@ class Triton(Gpu):
     summary = "one launch for all tensors stored alike, for tensors on a GPU"
 
     def unavailable(self) -> str | None:
-        version = _triton_version()
-        if version is None or tuple(map(int, version.split(".")[:2])) < (3, 6):
-            return f"Triton is {'not installed' if version is None else version}; pip install 'triton>=3.6'"
-        if not (torch.cuda.is_available() or _interpreted()):
+        if not (torch.cuda.is_available() or interpreted()):
             return "torch sees no GPU; on a CPU only Triton's interpreter runs it, with TRITON_INTERPRET=1 set"
+        version = _triton_version()
+        if version is None:
+            return "Triton is not installed; pip install 'triton>=3.6'"
+        if tuple(map(int, version.split(".")[:2])) < (3, 6):
+            return f"Triton is {version}, and it takes 3.6, which comes with a newer torch: pip install --upgrade torch"
         return None
 
     def refuses(self, param: Tensor, rule: Rule | None = None) -> str | None:
-        if param.device.type != ("cpu" if _interpreted() else "cuda"):
+        if param.device.type != ("cpu" if interpreted() else "cuda"):
             return f"it is on {param.device}, and the triton backend steps tensors on a GPU"
         if param.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(param.device) < (8, 0):
             return f"its GPU, {torch.cuda.get_device_name(param.device)}, is older than Ampere"
@@ -197,7 +199,8 @@ def _triton_version() -> str | None:
         return None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which is decided as they are defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

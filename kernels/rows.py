@@ -10,18 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedopt.backends import interpreted
+
 from .codecs import decode, encode
 
 WARP = 64 if torch.version.hip else 32
 
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
 def narrow(values, storage: tl.constexpr):
     """As `encode`, in one instruction for two elements. The interpreter's own conversion to bfloat16 truncates."""
     if storage == "bfloat16":
-        if _INTERPRETED:
+        if INTERPRETED:
             return encode(values, storage)
         else:
             return values.to(tl.float32).to(tl.bfloat16).to(tl.uint16, bitcast=True)

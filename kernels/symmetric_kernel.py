@@ -15,10 +15,9 @@ import triton.language as tl
 
 from .codecs import decode, pointer
 from .functions import sqrt
-from .rows import load, narrow
+from .rows import INTERPRETED, load, narrow
 
 _WORDS, _BAND = tl.constexpr(3 + 4 * 3), tl.constexpr(8)
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # --- which tile ----------------------------------------------------------------------------------------------------
 # Programs start in the order of their numbers, and those that run at a time should share rows of A and columns of B in
@@ -82,7 +81,7 @@ def _operand(address, storage: tl.constexpr, aligned: tl.constexpr):
 
     The interpreter multiplies no bfloat16.
     """
-    if _INTERPRETED or storage == "float32":
+    if INTERPRETED or storage == "float32":
         return pointer(address, storage, aligned)
     else:
         if storage == "bfloat16":
@@ -94,7 +93,7 @@ def _operand(address, storage: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _multiplied(stored, storage: tl.constexpr):
-    return decode(stored, storage) if _INTERPRETED else stored
+    return decode(stored, storage) if INTERPRETED else stored
 
 
 @triton.jit

@@ -38,7 +38,7 @@ from updates import (
 )
 
 from fusedopt._state import NARROW, new_master
-from fusedopt.backends import Eager, Update, native
+from fusedopt.backends import Eager, Update, interpreted, native
 from fusedopt.binding import RULES, rule_of
 from fusedopt.codecs import (
     BLOCK,
@@ -56,7 +56,7 @@ from fusedopt.kernels.driver import step_updates
 from fusedopt.kernels.step import TILE
 from fusedopt.kernels.tables import launches_of
 
-assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+assert interpreted(), "set TRITON_INTERPRET=1"
 np.seterr(all="ignore")  # the interpreter computes with NumPy, which warns of every NaN
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton
 from helpers import assert_same_bits, pairwise, surroundings, values
 from torch import Tensor
 
 import fusedopt
+from fusedopt.backends import interpreted
 from fusedopt.kernels import rms_norm
 from fusedopt.kernels.glu import glu_backward, glu_forward
 from fusedopt.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 
-assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+assert interpreted(), "set TRITON_INTERPRET=1"
 np.seterr(all="ignore")  # the interpreter computes with NumPy, which warns of every NaN
 pytestmark = pytest.mark.usefixtures("one_thread")
 

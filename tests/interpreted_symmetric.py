@@ -23,12 +23,13 @@ import fusedopt
 from fusedopt._matrix import Workspace
 from fusedopt._orthogonalize import METHODS, newton_schulz, plan
 from fusedopt._schedules import coefficients_of
+from fusedopt.backends import interpreted
 from fusedopt.kernels.codecs import pointer
 from fusedopt.kernels.symmetric import multiply, symmetric
 from fusedopt.kernels.symmetric_kernel import rectangular, triangular
 from fusedopt.kernels.symmetric_tiles import Tile
 
-assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+assert interpreted(), "set TRITON_INTERPRET=1"
 np.seterr(all="ignore")  # the interpreter computes with NumPy, which warns of every NaN
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -123,7 +123,7 @@ def options_of(module: nn.Module) -> Any:
 
 def rows(size: int, squares: int, dtype: torch.dtype) -> Tensor:
     """Rows whose squares sum to `squares` for each 8 elements, in any order of summation."""
-    block = {56: [4, 4, 3, 3, 2, 1, 1, 0], 68: [4, 4, 4, 3, 3, 1, 1, 0]}[squares]
+    block = {56: [4, 4, 3, 3, 2, 1, 1, 0], 64: [4, 4, 4, 3, 2, 1, 1, 1], 68: [4, 4, 4, 3, 3, 1, 1, 0]}[squares]
     signs = torch.where(values((5, size), 7) < 0, -1, 1)
     order = values((5, size), 8).argsort(-1)
     return (torch.tensor(block * (size // 8)) * signs).gather(-1, order).to(dtype)

@@ -35,6 +35,17 @@ def both(cls: Any, backend: str | None = None, **config: Any) -> tuple[Any, Any]
     return cls(parameters(), **config, backend=backend), cls.torch_class(parameters(), **copy.deepcopy(config))
 
 
+def test_where_torch_is_built_for_cuda_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a build, which is what `pip install torch` brings on Linux, raises when it is asked about a stream."""
+
+    def ask() -> bool:
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", ask)
+    train(fusedopt.AdamW(parameters()), range(2))
+
+
 # --- groups ---
 
 

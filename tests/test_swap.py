@@ -29,7 +29,7 @@ from torch.optim import lr_scheduler
 import fusedopt
 from fusedopt import Muon
 from fusedopt.optim import OPTIMIZERS
-from fusedopt.optimizer import GROUP_OPTIONS
+from fusedopt.optimizer import _ABSENT, GROUP_OPTIONS
 
 KNOWN = {cls.torch_class: cls for cls in OPTIMIZERS.values() if cls.torch_class is not None}
 
@@ -85,6 +85,22 @@ def test_swapping_before_the_first_step(cls: Any) -> None:
     assert_same_optimizers(swapped, made)
     assert list(swapped.state_dict()["param_groups"][0]) == list(made.state_dict()["param_groups"][0])
     assert_same_optimizers(copy.deepcopy(swapped), made)
+
+
+@pytest.mark.parametrize("cls", DROP_IN)
+def test_an_optimizer_of_an_older_torch(cls: Any) -> None:
+    """Neither its groups nor its defaults have the options that came later."""
+    optimizer = cls.torch_class(parameters(), weight_decay=0.1)
+    expected = copy.deepcopy(optimizer)
+    for name, default in _ABSENT.items():
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            if options.get(name) == default or name == "decoupled_weight_decay":  # not AdamW's to choose
+                options.pop(name, None)
+    for each in (optimizer, expected):
+        train(fusedopt.swap(each), range(2))
+    assert_same_optimizers(optimizer, expected)
+    assert optimizer.param_groups[0].keys() == expected.param_groups[0].keys()
+    assert optimizer.defaults == expected.defaults
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
