@@ -18,23 +18,32 @@ from fusedopt.bench.cuda_aot import architectures, figures  # noqa: E402
 from fusedopt.binding import RULES  # noqa: E402
 
 HERE = Path(__file__).parent
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(BACKENDS["cpu"].unavailable() is not None, reason="there is no native module")
 
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels' own source, compiled for the CPU into a library with the driver's functions."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    if COMPILER is None:
         pytest.skip("there is no C++ compiler")
     library = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-shared", "-fPIC"]
     flags += ["-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"]  # an index beyond a table ends the process
-    command = [*shlex.split(compiler), *flags, str(HERE / "emulated_cuda.cpp"), "-o", str(library)]
+    command = [*shlex.split(COMPILER), *flags, str(HERE / "emulated_cuda.cpp"), "-o", str(library)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-5000:]
     return library
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_what_make_neon_compares_compiles() -> None:
+    """That has compilers of its own, so nothing else would notice that kernels.cpp no longer fits the kernels."""
+    assert COMPILER is not None
+    command = [*shlex.split(COMPILER), "-std=c++17", "-fsyntax-only", "-DFUSEDOPT_ISA=neon", str(HERE / "kernels.cpp")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-5000:]
 
 
 @pytest.mark.timeout(7200)
