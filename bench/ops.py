@@ -25,9 +25,10 @@ OPS: dict[str, Op] = {
 
 
 def of_all(what: str) -> dict[str, Any]:
-    """The `providers`, `presets` or `precisions` of all ops, by name."""
+    """The `providers`, `presets` or `precisions` of all ops, by name: the first of each, the most general."""
     known: dict[str, Any] = {}
     for op in OPS.values():
         mapping: Mapping[str, Any] = getattr(op, what)
-        known |= mapping
+        for name, value in mapping.items():
+            known.setdefault(name, value)
     return known
