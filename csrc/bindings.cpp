@@ -113,12 +113,13 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("table", [](const NormLaunch& launch) { return lent(launch.table); })
       .def_readonly("trees", &NormLaunch::trees);
   py::class_<Plan>(module, "Plan")
-      .def(py::init([](const std::vector<GroupSpec>& specs, py::dict state, py::list groups, py::set fresh,
-                       py::set others, bool for_gpu) {
-             return std::make_unique<Plan>(specs, state.ptr(), groups.ptr(), fresh.ptr(), others.ptr(), for_gpu);
+      .def(py::init([](const std::vector<GroupSpec>& specs, py::dict state, py::list groups, py::set params,
+                       py::set fresh, py::set others, bool for_gpu) {
+             return std::make_unique<Plan>(specs, state.ptr(), groups.ptr(), params.ptr(), fresh.ptr(), others.ptr(),
+                                           for_gpu);
            }),
-           py::arg("specs"), py::arg("state"), py::arg("groups"), py::arg("fresh"), py::arg("others"),
-           py::arg("for_gpu"))
+           py::arg("specs"), py::arg("state"), py::arg("groups"), py::arg("params"), py::arg("fresh"),
+           py::arg("others"), py::arg("for_gpu"))
       .def("step",
            [](Plan& plan, py::dict state, py::list groups, py::function scalars, int threads, double grad_scale,
               const Draws& draws, std::optional<double> max_grad_norm, bool zero_grads) {

@@ -107,28 +107,30 @@ float norm(const std::vector<Squares>& all, int threads) {
   return trees.norm;
 }
 
-Plan::Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* fresh, PyObject* others,
-           bool for_gpu)
+Plan::Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* params, PyObject* fresh,
+           PyObject* others, bool for_gpu)
     : for_gpu_(for_gpu), specs_(std::move(specs)) {
   for (size_t index = 0; index < specs_.size(); ++index) {
-    PyObject* params = PyDict_GetItem(PyList_GET_ITEM(groups, index), interned().params);
-    if (!params || !PyList_Check(params)) {
+    PyObject* list = PyDict_GetItem(PyList_GET_ITEM(groups, index), interned().params);
+    if (!list || !PyList_Check(list)) {
       PyErr_SetString(PyExc_TypeError, "a group's \"params\" must be a list");
       throw PythonError{};
     }
-    group_sizes_.push_back(PyList_GET_SIZE(params));
+    group_sizes_.push_back(PyList_GET_SIZE(list));
     for (Py_ssize_t i = 0; i < group_sizes_.back(); ++i) {
       Entry& entry = entries_.emplace_back();
-      entry.param = PyList_GET_ITEM(params, i);
+      entry.param = PyList_GET_ITEM(list, i);
       entry.group = int(index);
       entry.number = specs_[index].first_parameter + uint64_t(i);
       entry.distributed = PyObject_HasAttr(entry.param, interned().local);
-      const int is_fresh = PySet_Contains(fresh, entry.param), is_other = PySet_Contains(others, entry.param);
-      if (is_fresh < 0 || is_other < 0) throw PythonError{};
-      entry.fresh = is_fresh;
-      entry.other = is_other;
-      if (entry.other) continue;
-      entry.planned = plan_entry(entry, state);
+      const auto is_in = [&entry](PyObject* set) {
+        const int found = PySet_Contains(set, entry.param);
+        if (found < 0) throw PythonError{};
+        return bool(found);
+      };
+      entry.fresh = is_in(fresh);
+      entry.other = is_in(others);
+      entry.planned = is_in(params) && plan_entry(entry, state);
       if (entry.planned && !for_gpu_ && specs_[index].rule < 0) {
         PyErr_SetString(PyExc_ValueError, "a rule has no kernel for the CPU");
         throw PythonError{};
@@ -170,11 +172,12 @@ PyObject* Plan::resolved(PyObject* grad) {
 
 bool Plan::plan_entry(Entry& entry, PyObject* state) {
   const GroupSpec& spec = specs_[size_t(entry.group)];
-  PyObject* grad = keep(PyObject_GetAttr(entry.param, interned().grad));
-  if (grad == Py_None) return false;
   PyObject* dict = PyDict_GetItemWithError(state, entry.param);
   if (!dict && PyErr_Occurred()) throw PythonError{};
   PyObject* param = local(entry, entry.param);
+  // A gradient that is not there yet will most likely lie as the parameter does.
+  PyObject* grad = keep(PyObject_GetAttr(entry.param, interned().grad));
+  if (grad == Py_None) grad = entry.param;
   const Described view(param);
   const bool is_narrow = view.dtype.bits == 16;
   entry.update.stochastic = spec.stochastic && is_narrow;

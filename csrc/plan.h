@@ -46,10 +46,12 @@ struct PythonError {};
 
 class Plan {
  public:
-  // `state` is the optimizer's dict parameter -> dict, `groups` its param_groups. Parameters in `fresh` are at their
-  // first step. Parameters without a gradient or without state take no part until there is a new plan, those in
-  // `others` never. A plan `for_gpu` does not run steps itself but fills the tables of launches.
-  Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* fresh, PyObject* others, bool for_gpu);
+  // `state` is the optimizer's dict parameter -> dict, `groups` its param_groups. The parameters in `params` are stepped
+  // whenever they have a gradient, those in `fresh` for the first time; those in `others` never, and for one that is in
+  // neither a new plan is needed once it has a gradient. A plan `for_gpu` does not run steps itself but fills the tables
+  // of launches.
+  Plan(std::vector<GroupSpec> specs, PyObject* state, PyObject* groups, PyObject* params, PyObject* fresh,
+       PyObject* others, bool for_gpu);
 
   // One step. `scalars(group, *counters)` returns the rule's scalars and the advanced counters, and is called once
   // for each distinct combination. Returns a new list of the parameters that were stepped, or a null pointer where the
@@ -98,7 +100,7 @@ class Plan {
     int scalars = 0;            // index into scalars_
     bool other = false;         // another plan steps it
     bool distributed;           // a DTensor: its local shard is stepped
-    bool planned = false;       // has gradient and state
+    bool planned = false;       // is in `params`, and has its state
     bool active = false;        // takes part in this step
     bool fresh = false;
     bool is_double = false;

@@ -220,10 +220,11 @@ class Stepper(torch.optim.Optimizer):
             self._init_state(entry.param, self.param_groups[entry.group])
         if self.max_grad_norm is None:
             self.grad_norm = None
-        self._sharded = any(local_shard(entry.param) is not entry.param for entry in entries)
         repeated = len({entry.param for entry in entries}) < len(entries)
         if not repeated and self._is_plannable() and all(entry.backend.plans for entry in entries):
-            self._plan, self._planned = self._make_plans(entries), form
+            planned = [*entries, *self._absent(entries, requested)]
+            self._sharded = any(local_shard(entry.param) is not entry.param for entry in planned)
+            self._plan, self._planned = self._make_plans(planned), form
             self._run_new(self._plan, step)
             return
         step = self._clipped([entry.param.grad for entry in entries if entry.param.grad is not None], step)
@@ -296,6 +297,7 @@ class Stepper(torch.optim.Optimizer):
         """A plan for each backend among these. The CPU's is the first, since a plan for GPUs does not wait.
 
         Args:
+            entries: some may have no gradient.
             groups: one for each entry, in place of the optimizer's.
         """
         state: Any = self.state
@@ -310,13 +312,14 @@ class Stepper(torch.optim.Optimizer):
         backends = sorted({entry.backend for entry in entries}, key=lambda backend: isinstance(backend, Gpu))
         plans: list[Plan] = []
         for backend in backends:
-            others = {entry.param for entry in entries if entry.backend is not backend}
+            params = {entry.param for entry in entries if entry.backend is backend}
+            others = {entry.param for entry in entries} - params
             # Of a group that another plan steps alone the rule may have no kernel here.
             numbers = [
                 -1 if others.issuperset(group["params"]) else backend.rule_number(self.rule(group)) for group in groups
             ]
             specs = [self._spec(*each) for each in zip(groups, numbers, firsts, strict=True)]
-            plan = native().Plan(specs, state, groups, fresh, others, isinstance(backend, Gpu))
+            plan = native().Plan(specs, state, groups, params, fresh, others, isinstance(backend, Gpu))
             if isinstance(backend, Gpu):
                 plans.append(GpuPlan(plan, backend.driver(), [self.rule(group) for group in groups]))
             else:
@@ -402,31 +405,60 @@ class Stepper(torch.optim.Optimizer):
 
     def _entries(self, requested: str | None) -> Iterator[Entry]:
         """Every parameter with a gradient, checked."""
-        number = -1
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             if group.get("differentiable"):
                 raise RuntimeError(_checks.NOT_DIFFERENTIABLE)
             _checks.check_options(group)
             rule = self.rule(group)
             _checks.check_rule(type(self).__name__, rule.name, rule.states, self.states)
-            for param, what in zip(group["params"], parameter_names(group, index)):
-                number += 1
-                if param.grad is None:
-                    continue
+        for index, param, number, what in self._numbered():
+            if param.grad is None:
+                continue
+            _checks.check_param(param, local_shard(param), what)
+            _checks.check_grad(param, param.grad, type(self).__name__, what)
+            if self.max_grad_norm is not None:
+                check_clippable(param.grad, f"the gradient of {what}")
+            yield self._entry(index, param, number, what, requested)
+
+    def _absent(self, entries: list[Entry], requested: str | None) -> Iterator[Entry]:
+        """Parameters with state but no gradient in this step, as of a mixture's expert that is not routed to.
+
+        They are planned too, on the backends of `entries`, or each step with others among them would need a new plan.
+        """
+        backends = {entry.backend for entry in entries}
+        for index, param, number, what in self._numbered():
+            group, state = self.param_groups[index], self.state.get(param, {})
+            names = [*self.rule(group).states, *self.counted(group), *["master"] * (group["master"] is not None)]
+            if param.grad is not None or any(state.get(name) is None for name in names):
+                continue
+            try:
                 _checks.check_param(param, local_shard(param), what)
-                _checks.check_grad(param, param.grad, type(self).__name__, what)
-                _checks.check_master(param, group["master"], what)
-                if self.max_grad_norm is not None:
-                    check_clippable(param.grad, f"the gradient of {what}")
-                state = self.state.get(param, {})
-                _checks.check_state(param, state, rule.states, what)
-                if master := master_dtype(param, group):
-                    _checks.check_master_state(param, state.get("master"), what, master)
-                backend = choose(local_shard(param), requested, what, rule)
-                if group.get("capturable"):
-                    _checks.check_capturable(backend, what)
-                counters = None if self._is_captured(group) else self._count(state, group, what)
-                yield Entry(index, param, number, what, rule, backend, counters)
+                entry = self._entry(index, param, number, what, requested)
+            except (RuntimeError, TypeError, ValueError):
+                continue  # it is told of once it has a gradient
+            if entry.backend in backends:
+                yield entry
+
+    def _numbered(self) -> Iterator[tuple[int, Tensor, int, str]]:
+        """Every parameter: its group's index, itself, its number among all, its name for messages."""
+        number = itertools.count()
+        for index, group in enumerate(self.param_groups):
+            for param, what in zip(group["params"], parameter_names(group, index)):
+                yield index, param, next(number), what
+
+    def _entry(self, index: int, param: Tensor, number: int, what: str, requested: str | None) -> Entry:
+        """A parameter whose state is checked."""
+        group, state = self.param_groups[index], self.state.get(param, {})
+        rule = self.rule(group)
+        _checks.check_master(param, group["master"], what)
+        _checks.check_state(param, state, rule.states, what)
+        if master := master_dtype(param, group):
+            _checks.check_master_state(param, state.get("master"), what, master)
+        backend = choose(local_shard(param), requested, what, rule)
+        if group.get("capturable"):
+            _checks.check_capturable(backend, what)
+        counters = None if self._is_captured(group) else self._count(state, group, what)
+        return Entry(index, param, number, what, rule, backend, counters)
 
     def _count(self, state: Mapping[str, Any], group: Group, what: str) -> tuple[float, ...]:
         """The counters' values. Where there are none, the first step, 0, is still told from the others, 1."""

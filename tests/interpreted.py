@@ -209,7 +209,7 @@ class Planned:
         self.groups = [{"params": [update.param]} for update in updates]
         self.state = {update.param: self.state_of(update) for update in updates}
         self.set_grads(updates)
-        self.plan = native().Plan(specs, self.state, self.groups, set(), set(), True)
+        self.plan = native().Plan(specs, self.state, self.groups, set(self.state), set(), set(), True)
 
     @staticmethod
     def spec(update: Update, index: int) -> Any:

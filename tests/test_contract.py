@@ -103,6 +103,39 @@ def test_gradients_that_come_and_go(cls: Any, config: dict[str, Any], backend: s
         assert_optimizers_near(*pair, steps=step + 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}], ids=["plain", "clipped"])
+@pytest.mark.parametrize(("cls", "config"), CONFIGURED)
+def test_gradients_that_alternate(cls: Any, config: dict[str, Any], options: dict[str, Any]) -> None:
+    """As of experts that are routed to in turn: one plan serves all once each has had a gradient."""
+    native, eager = [cls(parameters(), **config, **options, backend=backend) for backend in ("cpu", "eager")]
+    plans = []
+    for step, present in enumerate([(0,), (1,), (2, 3), (0, 1), (), (1, 3), (0, 2)]):
+        for optimizer in (native, eager):
+            params = parameters_of(optimizer)
+            set_grads(params, step)
+            for index in {*range(4)} - {*present}:
+                params[index].grad = None
+            optimizer.step()
+        assert_same_optimizers(native, eager)
+        plans.append(native._plan)
+    assert plans[2] is not None and all(plan is plans[2] for plan in plans[3:])
+
+
+def test_a_gradient_that_comes_back_otherwise() -> None:
+    """Lying otherwise than its parameter, as which it was planned."""
+    native, eager = [fusedopt.AdamW(make_parameters(((4, 6), (5,))), backend=backend) for backend in ("cpu", "eager")]
+    for optimizer in (native, eager):
+        params = parameters_of(optimizer)
+        train(optimizer, range(1))
+        optimizer._forget_plan()
+        params[0].grad = None
+        optimizer.step()
+        set_grads(params, 2)
+        params[0].grad = params[0].grad.t().contiguous().t()
+        optimizer.step()
+    assert_same_optimizers(native, eager)
+
+
 @on_every_backend
 def test_frozen_parameters(backend: str) -> None:
     """Frozen for a while, as in fine-tuning: untouched, and no state until first stepped."""
