@@ -17,6 +17,7 @@ from rich.table import Table
 
 from . import compare as comparison
 from . import records, report, timing
+from .files import writable
 from .matrix_op import MatrixOp
 from .micro import Options, run_cell
 from .muon_op import MuonOp
@@ -94,11 +95,9 @@ def _percentage(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 def _output(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     """Refuse before anything is measured what could not be written after."""
-    if path and not path.parent.is_dir():
-        raise click.BadParameter(f"there is no directory {path.parent}")
     if path and param.name == "plot_file" and path.suffix not in CHARTS:
         raise click.BadParameter(f"{path.name} ends in none of {', '.join(CHARTS)}")
-    return path
+    return writable(ctx, param, path)
 
 
 _file = click.Path(dir_okay=False, writable=True, path_type=Path)

@@ -25,6 +25,7 @@ from fusedopt.codecs import STATE_DTYPES
 from fusedopt.optim import OPTIMIZERS
 
 from .demo_report import draw, record, show, show_seeds
+from .files import writable
 from .model import SIZES, Llama, Run, english_bytes, warmup_cosine
 
 FORMAT = "fusedopt-demo"
@@ -217,19 +218,6 @@ def distance(comparison: dict[str, Any]) -> str:
         f"the validation losses by {comparison['validation_relative_difference']:+.3%} "
         f"(allowed: {comparison['validation_bound']:.1%})"
     )
-
-
-def writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file that could not be written once training is over."""
-    if path is not None:
-        existed = path.exists()
-        try:
-            path.open("ab").close()
-        except OSError as error:
-            raise click.BadParameter(f"{path} cannot be written ({error.strerror}); name a file that can be") from error
-        if not existed:
-            path.unlink()
-    return path
 
 
 NAME = click.Choice([*OPTIMIZERS, "Muon"], case_sensitive=False)

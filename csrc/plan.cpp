@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstring>
 #include <unordered_map>
 
 #include "cpu/threads.h"
@@ -17,6 +18,8 @@ struct Interned {
   PyObject* resolve_neg = PyUnicode_InternFromString("resolve_neg");
   PyObject* is_conj = PyUnicode_InternFromString("is_conj");
   PyObject* resolve_conj = PyUnicode_InternFromString("resolve_conj");
+  PyObject* is_zerotensor = PyUnicode_InternFromString("_is_zerotensor");
+  PyObject* clone = PyUnicode_InternFromString("clone");
   PyObject* cdata = PyUnicode_InternFromString("_cdata");
   PyObject* untyped_storage = PyUnicode_InternFromString("untyped_storage");
 };
@@ -52,12 +55,19 @@ struct Described : View {
   }
 };
 
-// Whether `tensor` can be read: one that became sparse, or moved to a device without memory, is no longer as planned.
-bool readable(PyObject* tensor, View& view) {
-  const bool read = describe(tensor, view);
-  if (!read) PyErr_Clear();
-  return read;
+// Whether `tensor` can be described: one that became sparse is no longer as planned.
+bool describable(PyObject* tensor, View& view) {
+  const bool described = describe(tensor, view);
+  if (!described) PyErr_Clear();
+  return described;
 }
+
+// And read: one that moved to a device without memory, or whose storage was freed, is not as planned either.
+bool readable(PyObject* tensor, View& view) {
+  return describable(tensor, view) && (view.data || !numel(view));
+}
+
+bool is_floating(DLDataType dtype) { return dtype.code == 2 || dtype.code == 4 || dtype.code == 5; }
 
 bool is_counter(const View& view) {
   const bool real = view.dtype.code == 2 && (view.dtype.bits == 32 || view.dtype.bits == 64);
@@ -160,13 +170,16 @@ PyObject* Plan::local(const Entry& entry, PyObject* tensor) {
   return entry.distributed ? keep(PyObject_GetAttr(tensor, interned().local)) : tensor;
 }
 
-// The exchange API hands out the raw memory of conjugate and negative views: those are computed first.
+// The exchange API hands out the raw memory of conjugate and negative views, and none of torch's tensors of zeros alone:
+// those are computed first.
 PyObject* Plan::resolved(PyObject* grad) {
   const Interned& name = interned();
   if (is_complex(Described(grad)) && keep(PyObject_CallMethodNoArgs(grad, name.is_conj)) == Py_True)
     grad = keep(PyObject_CallMethodNoArgs(grad, name.resolve_conj));
   if (keep(PyObject_CallMethodNoArgs(grad, name.is_neg)) == Py_True)
     grad = keep(PyObject_CallMethodNoArgs(grad, name.resolve_neg));
+  if (keep(PyObject_CallMethodNoArgs(grad, name.is_zerotensor)) == Py_True)
+    grad = keep(PyObject_CallMethodNoArgs(grad, name.clone));
   return grad;
 }
 
@@ -183,15 +196,12 @@ bool Plan::plan_entry(Entry& entry, PyObject* state) {
   entry.update.stochastic = spec.stochastic && is_narrow;
   entry.update.numel = numel(view);
   entry.is_double = view.dtype.bits == (is_complex(view) ? 128 : 64);
-  const std::vector<int> order = is_ordered(entry, dict) ? row_major_order(view) : walking_order(view);
+  entry.is_ordered = is_ordered(entry, dict);
+  const std::vector<int> order = entry.is_ordered ? row_major_order(view) : walking_order(view);
   entry.param_form = plan_form(param, order, entry.update.param);
   PyObject* stored = local(entry, grad);
-  grad = resolved(stored);
-  entry.grad_form = plan_form(grad, order, entry.update.grad);
-  entry.in_place = grad == stored && !entry.update.grad.layout;
   entry.squares.numel = entry.update.numel;
-  // By its own order in memory, whatever order the parameter is walked in.
-  plan_form(grad, walking_order(Described(grad)), entry.squares.grad);
+  plan_grad(entry, stored, order);
   entry.tensor_hints = uint32_t(hints_.size());
   hint_tensor(param);
   hint_tensor(stored);
@@ -200,6 +210,25 @@ bool Plan::plan_entry(Entry& entry, PyObject* state) {
   const bool has_state = !spec.states.empty() || !spec.counters.empty() || has_master;
   if (has_state && !(dict && plan_state(entry, dict, order, has_master))) return false;
   if (for_gpu_) plan_launch(entry, order);
+  return true;
+}
+
+void Plan::plan_grad(Entry& entry, PyObject* stored, const std::vector<int>& order) {
+  PyObject* grad = resolved(stored);
+  entry.grad_form = plan_form(grad, order, entry.update.grad);
+  entry.in_place = grad == stored && !entry.update.grad.layout;
+  // By its own order in memory, whatever order the parameter is walked in.
+  plan_form(grad, walking_order(Described(grad)), entry.squares.grad);
+}
+
+// Takes a gradient that lies otherwise than the last one, or is of another dtype. Not where forms never end.
+bool Plan::replan_grad(Entry& entry, PyObject* stored, const View& view) {
+  const Described param(local(entry, entry.param));
+  const bool same_shape = view.ndim == param.ndim && std::equal(view.shape, view.shape + view.ndim, param.shape);
+  const bool valid = same_shape && view.device == param.device && is_complex(view) == is_complex(param) &&
+                     is_floating(view.dtype) && view.dtype.bits >= 16;
+  if (for_gpu_ || !valid || forms_.size() > 64 + 8 * entries_.size()) return false;
+  plan_grad(entry, stored, entry.is_ordered ? row_major_order(param) : walking_order(param));
   return true;
 }
 
@@ -345,15 +374,17 @@ bool Plan::refresh_tensors(Entry& entry) {
   if (!entry.planned) return false;
   grad = local(entry, grad);
   View view;
-  if (!readable(grad, view)) return false;
+  if (!describable(grad, view)) return false;
   // A negative view is the imaginary part of a conjugate, whose elements lie two apart, so that a gradient that lies in
   // one piece as planned need not be asked. A conjugate may lie anyhow.
-  const bool in_one_piece = !entry.update.grad.layout && entry.update.numel > 1 && entry.grad_form->fits(view);
+  const bool in_one_piece =
+      view.data && !entry.update.grad.layout && entry.update.numel > 1 && entry.grad_form->fits(view);
   if (is_complex(view) || !in_one_piece) {
     PyObject* const stored = grad;
     grad = resolved(grad);
-    if (entry.in_place && grad != stored) return false;
-    if (!readable(grad, view) || !entry.grad_form->fits(view)) return false;
+    if (!readable(grad, view)) return false;
+    const bool fits = entry.grad_form->fits(view) && (grad == stored || !entry.in_place);
+    if (!fits && !replan_grad(entry, stored, view)) return false;
   }
   entry.update.grad.data = view.data;
   PyObject* param = local(entry, entry.param);
@@ -398,15 +429,17 @@ void Plan::find_scalars(Entry& entry) {
   for (size_t i = 0; i < count; ++i) counters[i] = entry.counters[i].read();
   // A rule without a step count still tells the first step from the others.
   if (count == 0) counters[count++] = entry.fresh ? 0 : 1;
-  for (size_t i = scalars_.size(); i-- > 0;) {
-    const Scalars& known = scalars_[i];
-    if (known.group == entry.group && std::equal(counters, counters + count, known.counters.begin())) {
-      entry.scalars = int(i);
-      return;
-    }
+  // Mostly the last ones; but parameters that are stepped now and then, as experts are, each have a count of their own.
+  if (!scalars_.empty()) {
+    const Scalars& last = scalars_.back();
+    entry.scalars = int(scalars_.size()) - 1;
+    if (last.group == entry.group && std::equal(counters, counters + count, last.counters.begin())) return;
   }
-  entry.scalars = int(scalars_.size());
-  scalars_.push_back({entry.group, std::vector<double>(counters, counters + count), {}, {}});
+  ScalarsKey key = {uint64_t(entry.group)};
+  std::memcpy(&key[1], counters, count * sizeof counters[0]);
+  const auto [found, is_new] = scalars_of_.try_emplace(key, int(scalars_.size()));
+  entry.scalars = found->second;
+  if (is_new) scalars_.push_back({entry.group, std::vector<double>(counters, counters + count), {}, {}});
 }
 
 void Plan::compute_scalars(PyObject* function) {
@@ -438,6 +471,7 @@ bool Plan::begin(PyObject* state, PyObject* groups, PyObject* scalars) {
   running_ = true;
   try {
     scalars_.clear();
+    scalars_of_.clear();
     if (refresh(state, groups)) {
       compute_scalars(scalars);
       return true;

@@ -8,7 +8,9 @@
 
 #include <Python.h>
 
+#include <array>
 #include <deque>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -105,6 +107,7 @@ class Plan {
     bool fresh = false;
     bool is_double = false;
     bool in_place = true;       // the gradient's memory is what is read, in one piece
+    bool is_ordered = false;    // elements are walked in row-major order
     uint64_t number;            // of the parameter, for the keys of random numbers
     Update update;
     Squares squares;
@@ -124,6 +127,8 @@ class Plan {
   };
 
   bool plan_entry(Entry& entry, PyObject* state);
+  void plan_grad(Entry& entry, PyObject* stored, const std::vector<int>& order);
+  bool replan_grad(Entry& entry, PyObject* stored, const View& view);
   bool plan_state(Entry& entry, PyObject* dict, const std::vector<int>& order, bool has_master);
   std::pair<Kind, int> kind_of(PyObject* key, const GroupSpec& spec, bool has_master) const;
   bool is_ordered(const Entry& entry, PyObject* dict) const;
@@ -161,6 +166,9 @@ class Plan {
   std::vector<const void*> hints_;
   std::vector<int> state_order_;       // entry of each key of the optimizer's state, or -1
   std::vector<Scalars> scalars_;       // of this step
+  // Which of them a group and the bits of its counters have.
+  using ScalarsKey = std::array<uint64_t, 1 + max_counters>;
+  std::map<ScalarsKey, int> scalars_of_;
   Launches launches_;
   std::optional<std::vector<NormLaunch>> norm_launches_;
   std::vector<Object> kept_;           // during a step: gradients, and tensors that another thread might drop

@@ -78,6 +78,7 @@ def check_grad(param: Tensor, grad: Tensor, optimizer: str, what: str) -> None:
             f"{optimizer} does not support sparse gradients ({what} has a gradient of layout {grad.layout}); "
             "use sparse=False in the embedding, or torch.optim.SparseAdam"
         )
+    check_not_freed(local_shard(grad), f"the gradient of {what}")
     if grad.shape != param.shape:
         raise ValueError(f"the gradient of {what} has shape {tuple(grad.shape)}, its parameter {tuple(param.shape)}")
     if grad.device != param.device:
@@ -233,9 +234,10 @@ def nan_hyperparameter(group: Mapping[str, Any], index: int) -> str:
 
 
 def _check_memory(local: Tensor, what: str) -> None:
-    """Raises TypeError or ValueError where elements have no memory of their own."""
+    """Raises TypeError, ValueError or RuntimeError where elements have no memory of their own."""
     if local.layout != torch.strided:
         raise TypeError(f"{what} has layout {local.layout}; fusedopt updates dense (strided) tensors")
+    check_not_freed(local, what)
     if _overlaps(local):
         raise ValueError(
             f"{what} has elements that share memory (shape {tuple(local.shape)}, strides {local.stride()}), "
@@ -243,8 +245,20 @@ def _check_memory(local: Tensor, what: str) -> None:
         )
 
 
+def check_not_freed(tensor: Tensor, what: str) -> None:
+    """Raises RuntimeError where the memory of a tensor was given back, as frameworks do that shard models."""
+    try:
+        size = tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # a wrapper's, as under a transform of torch.func
+        return
+    if not size and tensor.numel():
+        raise RuntimeError(f"the storage of {what} has been resized to 0 bytes; restore it before the step")
+
+
 def _overlaps(tensor: Tensor) -> bool:
     """Whether two elements may share an address: unless every stride steps over all smaller dimensions."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:

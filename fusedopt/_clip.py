@@ -23,7 +23,7 @@ def grad_norm(grads: Sequence[Tensor], scale: float | Tensor = 1.0) -> Tensor:
     Elements are taken in the order in which they lie in memory. The reference of every backend's.
     """
     sums = [_tree_sums(_in_memory_order(grad) * scale) for grad in grads]
-    total = torch.cat(sums) if sums else torch.zeros(1)
+    total = torch.cat(sums) if sums else torch.zeros(1, device="cpu")
     while len(total) > 1:
         total = _halved(total)
     # Through float64: torch's root of a float32 may be one unit off.
@@ -73,6 +73,11 @@ def _in_memory_order(grad: Tensor) -> Tensor:
     return decode(grad.permute(order), torch.float32).reshape(-1)
 
 
+def _with_memory(grad: Tensor) -> Tensor:
+    """The gradient, or a copy of one of torch's tensors of zeros alone."""
+    return grad.clone() if grad._is_zerotensor() else grad
+
+
 def _tree_sums(values: Tensor) -> Tensor:
     return _halved(values * values)
 
@@ -119,9 +124,9 @@ def clip_grad_norm_(
         check_clippable(grad, "a gradient")
     on_cpu = all(grad.device.type == "cpu" and not hasattr(grad, "_local_tensor") for grad in grads)
     if on_cpu and BACKENDS["cpu"].unavailable() is None:
-        resolved = [grad.resolve_conj().resolve_neg() for grad in grads]
-        norm = torch.tensor(native().norm(resolved, torch.get_num_threads()))
-        coefficient = torch.tensor(clip_coefficient(float(norm), max_norm), dtype=torch.float64)
+        resolved = [_with_memory(grad.resolve_conj().resolve_neg()) for grad in grads]
+        norm = torch.tensor(native().norm(resolved, torch.get_num_threads()), device="cpu")
+        coefficient = torch.tensor(clip_coefficient(float(norm), max_norm), dtype=torch.float64, device="cpu")
     else:
         device = local_shard(grads[0]).device if grads else torch.device("cpu")
         norm, (coefficient, _) = clipped(grads, neutral_control(device), max_norm)

@@ -365,7 +365,7 @@ def _check(tensor: Any, shape: tuple[int, ...], what: str, dtypes: tuple[torch.d
 @functools.cache
 def _table(map: DynamicMap) -> Tensor:
     """What each of the 256 codes stands for."""
-    steps = torch.arange(256) - map.zero
+    steps = torch.arange(256, device="cpu") - map.zero
     return magnitudes(map)[steps.abs()] * steps.sign()
 
 

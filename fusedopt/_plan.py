@@ -60,7 +60,7 @@ class CpuPlan:
             step.zero_grads,
         )
         if self.stepped is not None and step.max_norm is not None:
-            self.grad_norm = torch.tensor(self._plan.grad_norm)
+            self.grad_norm = torch.tensor(self._plan.grad_norm, device="cpu")
         return self.stepped is not None
 
     def finish(self, done: bool) -> tuple[list[Tensor], bool]:
@@ -92,7 +92,7 @@ class GpuPlan:
     def run(self, step: Step) -> bool:
         launches: list[tuple[int, Launch]] = self._plan.launches
         if not launches:
-            self.grad_norm = None if step.max_norm is None else torch.zeros(())
+            self.grad_norm = None if step.max_norm is None else torch.zeros((), device="cpu")
             return True
         control = control_of(step.scale, step.found_inf, _device(launches[0][1]))
         scale = step.grad_scale

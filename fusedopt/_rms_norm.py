@@ -55,7 +55,7 @@ def rms_norm(
         if x.device.type != "cpu":
             return reference(x, weight, eps, residual, offset, casting, out_dtype)
         # A number given to an operator, or to torch.full, is compiled for; one that is added is not.
-        eps_ = torch.zeros((), dtype=torch.float64) + eps
+        eps_ = torch.zeros((), dtype=torch.float64, device="cpu") + eps
         y, total, _ = torch.ops.fusedopt.rms_norm(x, weight, residual, eps_, offset, casting, out_dtype)
         return y if residual is None else (y, total)
     ops = choose_ops("rms_norm", x, weight, residual)

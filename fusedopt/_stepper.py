@@ -21,7 +21,7 @@ from ._clip import check_clippable, clip_coefficient, total_norm
 from ._gpu import is_capturing, scalar_rows
 from ._plan import CpuPlan, GpuPlan, Plan, Step, run
 from ._state import Group, dtype_of, key_of, local_shard, master_dtype, new_master, new_state, stored
-from .backends import Backend, Eager, Gpu, Update, choose, native, requested_backend
+from .backends import Backend, Eager, Gpu, Update, choose, is_traced, native, requested_backend
 from .binding import Rule
 from .codecs import rounding_keys
 
@@ -145,8 +145,9 @@ class Stepper(torch.optim.Optimizer):
         clips = self.max_grad_norm is not None
         if clips:
             _checks.check_max_grad_norm(self.max_grad_norm)
+        circumstances = requested, clips, is_traced()
         form = [
-            (self.rule(group), requested, clips, *[group.get(option) for option in _PLANNED_OPTIONS])
+            (self.rule(group), *circumstances, *[group.get(option) for option in _PLANNED_OPTIONS])
             for group in self.param_groups
         ]
         step = Step(
@@ -497,9 +498,9 @@ def parameter_names(group: Group, index: int) -> list[str]:
 
 
 def _zero_grads(params: list[Tensor]) -> None:
-    """As `torch.optim.Optimizer.zero_grad(set_to_none=False)`, where elements may share memory."""
+    """As `torch.optim.Optimizer.zero_grad(set_to_none=False)`, where elements may share memory, or have none."""
     for param in params:
-        if param.grad is not None:
+        if param.grad is not None and not param.grad._is_zerotensor():
             param.grad = torch.zeros_like(param.grad) if 0 in param.grad.stride() else param.grad.detach().zero_()
 
 

@@ -81,8 +81,9 @@ class Cpu(Backend):
             return f"it is on {param.device}, and the cpu backend steps tensors on the CPU"
         if param.is_neg() or param.is_conj():
             return "it is a negative or conjugate view, which has no memory of its own values to update"
-        if _dispatches(param):
-            return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
+        reason = _unreachable(param)
+        if reason:
+            return reason
         return None if rule is None else _compile().refusal(rule)
 
     def rule_number(self, rule: Rule) -> int:
@@ -137,9 +138,7 @@ class Triton(Gpu):
             return f"its GPU, {torch.cuda.get_device_name(param.device)}, is older than Ampere"
         if param.is_neg() or param.is_conj():
             return "it is a negative or conjugate view, which has no memory of its own values to update"
-        if _dispatches(param):
-            return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
-        return None
+        return _unreachable(param)
 
     def driver(self) -> Driver:
         from .kernels.driver import TritonDriver
@@ -172,8 +171,9 @@ class Cuda(Gpu):
             return f"rule {rule.name!r} is not one of fusedopt's, and the triton backend compiles others"
         if param.is_neg() or param.is_conj():
             return "it is a negative or conjugate view, which has no memory of its own values to update"
-        if _dispatches(param):
-            return f"it is a {type(param).__name__}, whose memory only torch operations can reach"
+        reason = _unreachable(param)
+        if reason:
+            return reason
         return _cuda_unavailable(param.device.index or 0)
 
     def driver(self) -> Driver:
@@ -269,9 +269,22 @@ def _load(found: list[Path], directory: str) -> ModuleType:
     return module
 
 
-def _dispatches(tensor: Tensor) -> bool:
-    """Whether operations on `tensor` are intercepted, so that its address means nothing."""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+def is_traced() -> bool:
+    """Whether a dispatch mode, as `make_fx`'s, is to see every operation."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _unreachable(tensor: Tensor) -> str | None:
+    """Why only torch operations can reach the tensor's elements, where that is so."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"it is a {type(tensor).__name__}, whose memory only torch operations can reach"
+    if is_traced():
+        return "a dispatch mode, as of make_fx, is to see every operation"
+    try:
+        has_memory = bool(tensor.data_ptr()) or not tensor.numel()
+    except RuntimeError:
+        has_memory = False
+    return None if has_memory else "it has no memory of its own, as under a transform of torch.func"
 
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("fusedopt_backend", default=None)
@@ -366,9 +379,12 @@ def explain() -> Explanation:
                 f"threads: {module.thread_runtime()}"
             )
         rows.append((backend.name, status, backend.summary))
-    requested = requested_backend()
+    try:
+        in_use = requested_backend() or "the first that can step the parameter"
+    except (RuntimeError, ValueError) as error:
+        in_use = f"none; {error}"
     notes = (
-        f"in use: {requested or 'the first that can step the parameter'}",
+        f"in use: {in_use}",
         f"every backend: every rule, any mix of {dtypes}; complex64, complex128; 8-bit state",
         *_compile().refusals(),
     )

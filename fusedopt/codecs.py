@@ -105,10 +105,12 @@ def blocks(numel: int) -> int:
 
 def magnitudes(map: DynamicMap) -> Tensor:
     """The magnitude of every k, float32."""
-    row = torch.bucketize(torch.arange(map.first[-1] + 1), torch.tensor(map.first[1:]), right=True)
-    slope, offset = (torch.tensor(values, dtype=torch.float32).double() for values in (map.slope, map.offset))
+    with torch.device("cpu"):
+        k = torch.arange(map.first[-1] + 1)
+        row = torch.bucketize(k, torch.tensor(map.first[1:]), right=True)
+        slope, offset = (torch.tensor(values, dtype=torch.float32).double() for values in (map.slope, map.offset))
     # Exact in double, so that rounding to float32 is the only rounding, as of a fused multiply-add.
-    return (slope[row] * torch.arange(len(row)) + offset[row]).float()
+    return (slope[row] * k + offset[row]).float()
 
 
 def quantize(values: Tensor, stored: Codes) -> None:
@@ -333,7 +335,7 @@ def remainder(values: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _largest(bits: int) -> float:
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(bits, dtype=torch.int32, device="cpu").view(torch.float32))
 
 
 def _stochastic_bfloat16(values: Tensor, words: Tensor) -> Tensor:

@@ -432,7 +432,7 @@ def test_list_names_everything() -> None:
         (["--baseline", "nonsense:torch"], "there is no 'nonsense'; there are sgd"),
         (["--device", "tpu"], "'tpu' is no device"),
         (["--rounds", "0"], "0 is not in the range"),
-        (["--json", "missing/run.json"], "there is no directory missing"),
+        (["--json", "missing/run.json"], "missing/run.json cannot be written (No such file or directory)"),
         (["--plot", "run.txt"], "run.txt ends in none of .png, .svg, .pdf"),
         (["compare", "missing.json", "missing.json"], "does not exist"),
     ],

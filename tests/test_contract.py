@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from steps import (
     snapshot,
     train,
 )
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
@@ -121,19 +123,35 @@ def test_gradients_that_alternate(cls: Any, config: dict[str, Any], options: dic
     assert plans[2] is not None and all(plan is plans[2] for plan in plans[3:])
 
 
-def test_a_gradient_that_comes_back_otherwise() -> None:
-    """Lying otherwise than its parameter, as which it was planned."""
-    native, eager = [fusedopt.AdamW(make_parameters(((4, 6), (5,))), backend=backend) for backend in ("cpu", "eager")]
-    for optimizer in (native, eager):
-        params = parameters_of(optimizer)
-        train(optimizer, range(1))
-        optimizer._forget_plan()
-        params[0].grad = None
-        optimizer.step()
-        set_grads(params, 2)
-        params[0].grad = params[0].grad.t().contiguous().t()
-        optimizer.step()
-    assert_same_optimizers(native, eager)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"zero_grads": True}], ids=["", "clipped", "zeroed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_gradients_that_lie_otherwise_each_time(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """One plan serves them all, and gradients keep their memory."""
+    layouts: list[Callable[[Tensor], Tensor | None]] = [
+        lambda grad: grad,
+        lambda grad: grad.t().contiguous().t(),
+        lambda grad: None,
+        lambda grad: torch.cat([grad, grad], 1)[:, ::2],
+        lambda grad: grad[:1].expand(4, 6),
+        lambda grad: torch._neg_view(-grad),
+        lambda grad: torch._efficientzerotensor((4, 6), dtype=dtype),
+        lambda grad: grad,
+    ]
+    both = [make_parameters(((4, 6), (5,)), dtype) for _ in range(2)]
+    native, eager = [fusedopt.AdamW(each, **options, backend=name) for each, name in zip(both, ("cpu", "eager"))]
+    plans = []
+    for step, layout in enumerate(layouts):
+        for optimizer in (native, eager):
+            params = parameters_of(optimizer)
+            set_grads(params, step)
+            assert params[0].grad is not None
+            params[0].grad = layout(params[0].grad.clone())
+            optimizer.step()
+            if options.get("zero_grads") and params[0].grad is not None:
+                assert not params[0].grad.any()
+        assert_same_optimizers(native, eager)
+        plans.append(native._plan)
+    assert plans[0] is not None and all(plan is plans[0] for plan in plans)
 
 
 @on_every_backend

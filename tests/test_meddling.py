@@ -268,6 +268,30 @@ def test_default_device(cls: Any, config: dict[str, Any], backend: str) -> None:
     assert_optimizers_near(ours, theirs, steps=3)
 
 
+STORED: dict[str, dict[str, Any]] = {
+    "clipped": {"max_grad_norm": 0.1},
+    "int8": {"state_dtype": "int8", "min_quantized_size": 1},
+    "stochastic": {"rounding": "stochastic"},
+    "split": {"master": "split8", "rounding": "stochastic"},
+}
+
+
+@on_every_backend
+@pytest.mark.parametrize("options", STORED.values(), ids=STORED)
+def test_default_device_with_options(options: dict[str, Any], backend: str) -> None:
+    def run(where: str) -> Any:
+        optimizer = fusedopt.AdamW(parameters(torch.bfloat16), **options, backend=backend)
+        for step in range(3):
+            set_grads(parameters_of(optimizer), step)
+            with torch.device(where):
+                optimizer.step()
+                norm = fusedopt.clip_grad_norm_(parameters_of(optimizer), 0.1)
+            assert all(each is None or each.device.type == "cpu" for each in (norm, optimizer.grad_norm))
+        return optimizer
+
+    assert_same_optimizers(run("meta"), run("cpu"))
+
+
 @on_every_backend
 def test_shared_memory(backend: str) -> None:
     """Adagrad's sums can be shared between processes; the step follows them to where they are."""
