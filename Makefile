@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip
 export FUSEDOPT_CUDA_ARCHITECTURES ?= 90
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint rules bench gpu wheel sanitize neon
+.PHONY: demo test test-all test-oldest lint rules bench gpu wheel sanitize neon
 
 demo: $(VENV)/native
 	$(BIN)/fusedopt demo $(DEMO_ARGS)
@@ -19,6 +19,13 @@ test: $(VENV)/native
 
 test-all: $(VENV)/native
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(TEST_ARGS)
+
+# With the oldest torch that the package takes, in an environment of its own. One native module serves every torch.
+OLDEST := .venv-oldest
+OLDEST_TORCH := $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+test-oldest: $(OLDEST)/installed
+	@$(MAKE) --no-print-directory $(VENV)/native
+	$(OLDEST)/bin/python -m pytest -n 2 $(TEST_ARGS)
 
 bench: $(VENV)/native
 	$(BIN)/fusedopt bench $(BENCH_ARGS)
@@ -51,6 +58,13 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -c constraints.txt torch
 	FUSEDOPT_NATIVE=0 $(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# Installing without the native module takes away the one in the checkout, which is then put back as it was built.
+$(OLDEST)/installed: pyproject.toml setup.py
+	@$(OLDEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(OLDEST)
+	FUSEDOPT_NATIVE=0 $(OLDEST)/bin/python -m pip install torch==$(OLDEST_TORCH) -e ".[bench,test]"
+	@rm -f $(VENV)/native
 	@touch $@
 
 # Built in place, in a build directory that stays. Without a compiler there is no module, and no stamp: one may come.

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedopt._muon import Muon
+from fusedopt.backends import triton_missing
 from fusedopt.binding import RULES, Rule
 from fusedopt.kernels.step import TILE, Form, fusedopt_step
 from fusedopt.optim import OPTIMIZERS
@@ -183,6 +184,8 @@ def here() -> tuple[str, ...]:
 @click.argument("others", nargs=-1, metavar="")
 def aot(first: tuple[str, ...], rules: tuple[str, ...], file: Path | None, others: tuple[str, ...]) -> None:
     """Compile the kernels of every rule and format, and say what is in them. Exits 1 if one spills."""
+    if missing := triton_missing():
+        raise click.ClickException(missing)
     cells = [
         (arch, rule, name)
         for arch in (first + others or ARCHITECTURES)

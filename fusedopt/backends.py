@@ -124,12 +124,7 @@ class Triton(Gpu):
     def unavailable(self) -> str | None:
         if not (torch.cuda.is_available() or interpreted()):
             return "torch sees no GPU; on a CPU only Triton's interpreter runs it, with TRITON_INTERPRET=1 set"
-        version = _triton_version()
-        if version is None:
-            return "Triton is not installed; pip install 'triton>=3.6'"
-        if tuple(map(int, version.split(".")[:2])) < (3, 6):
-            return f"Triton is {version}, and it takes 3.6, which comes with a newer torch: pip install --upgrade torch"
-        return None
+        return triton_missing()
 
     def refuses(self, param: Tensor, rule: Rule | None = None) -> str | None:
         if param.device.type != ("cpu" if interpreted() else "cuda"):
@@ -156,10 +151,10 @@ class Cuda(Gpu):
         reason = BACKENDS["cpu"].unavailable()
         if reason:
             return reason
-        if not native().cuda_toolkit():
-            return "the native module was built without nvcc; reinstall fusedopt with FUSEDOPT_CUDA=1 to see why"
         if _cuda_stand_in():
             return None
+        if not native().cuda_toolkit():
+            return "the native module was built without nvcc; reinstall fusedopt with FUSEDOPT_CUDA=1 to see why"
         if torch.version.cuda is None or not torch.cuda.is_available():
             return "torch sees no NVIDIA GPU"
         return _cuda_unavailable(torch.cuda.current_device())
@@ -174,7 +169,7 @@ class Cuda(Gpu):
         reason = _unreachable(param)
         if reason:
             return reason
-        return _cuda_unavailable(param.device.index or 0)
+        return None if _cuda_stand_in() else _cuda_unavailable(param.device.index or 0)
 
     def driver(self) -> Driver:
         from ._cuda import CudaDriver
@@ -197,6 +192,16 @@ def _triton_version() -> str | None:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def triton_missing() -> str | None:
+    """Why there is no Triton that can compile the kernels; None where there is."""
+    version = _triton_version()
+    if version is None:
+        return "Triton is not installed; pip install 'triton>=3.6'"
+    if tuple(map(int, version.split(".")[:2])) < (3, 6):
+        return f"Triton is {version}, and it takes 3.6, which comes with a newer torch: pip install --upgrade torch"
+    return None
 
 
 def interpreted() -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from configs import CONFIGS, row_id, rows
-from helpers import assert_same_bits, assert_same_results, make_parameters, results, set_grads
+from helpers import assert_same_bits, assert_same_results, make_parameters, results, set_grad, set_grads
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -83,9 +83,8 @@ def test_clipping(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> No
         params = []
         for index, size in enumerate(sizes):
             param = Parameter(torch.zeros(size))
-            param.grad_dtype = None
             grad = torch.randn(size + index % 3, generator=generator).to(dtypes[index % len(dtypes)])[index % 3 :]
-            param.grad = grad
+            set_grad(param, grad)
             params.append(param)
         params = params or [Parameter(torch.zeros(0))]
         optimizer = fusedopt.SGD(params, lr=1.0, max_grad_norm=0.7, backend=backend)

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from fusedopt.backends import native
+
+# --- what is not there ---
+
+
+def needs_triton() -> None:
+    """Skips where there is no Triton that fusedopt takes: older releases of torch bring an older one."""
+    pytest.importorskip("triton", minversion="3.6")
+
+
+needs_torchs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+
+FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""Whether a model of `fully_shard` runs on a CPU. Older releases of torch call what the stream of one does not have."""
+
+NOT_YET = {"decoupled_weight_decay"} - inspect.signature(torch.optim.Adam).parameters.keys()
+"""Options of Adam and AdamW that older releases of torch do not have there."""
+
 
 # --- the same bits ---
 

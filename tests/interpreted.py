@@ -18,6 +18,7 @@ import triton.language as tl
 from helpers import (
     assert_same_bits,
     pairwise,
+    set_grad,
     values,
 )
 from test_codecs import any_bits, hard_to_round
@@ -236,10 +237,7 @@ class Planned:
     def set_grads(self, updates: Sequence[Update]) -> None:
         self.updates = updates
         for update in updates:
-            update.param.grad = None
-            if update.grad.dtype != update.param.dtype:
-                update.param.grad_dtype = None
-            update.param.grad = update.grad
+            set_grad(update.param, update.grad)
 
     def launches(self, step: int, grad_scale: float) -> list[Any]:
         draws = [(3, step)] * len(self.groups)

@@ -7,6 +7,7 @@ wherever a matrix lies in memory, to the same bits.
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 import random
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, values
+from helpers import FSDP_ON_CPU, assert_same_bits, values
 from torch import Tensor, distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -37,7 +38,9 @@ from fusedopt._owners import cost_of
 from fusedopt.backends import BACKENDS
 
 # Rows that two and four do not divide, fewer than there are processes, and shapes that are there more than once.
-MATRICES = [(7, 5), (3, 7), (1, 3), (33, 48), (16, 16), (16, 16), (16, 16), (48, 33), (2, 64), (0, 4), (5, 0)]
+MATRICES = [(7, 5), (3, 7), (1, 3), (33, 48), (16, 16), (16, 16), (16, 16), (48, 33), (2, 64)]
+if "src_data_rank" in inspect.signature(distribute_tensor).parameters:  # older releases of torch fail to shard these
+    MATRICES += [(0, 4), (5, 0)]
 STACKS = [(6, 7, 5), (4, 3, 8), (1, 5, 5), (6, 7, 5)]
 KERNELS = [(6, 3, 3, 2), (5, 2, 3, 3), (3, 5, 1, 1)]
 OPTIONS: dict[str, Any] = {"lr": 0.125, "weight_decay": 0.25, "adamw_weight_decay": 0.5}
@@ -51,7 +54,7 @@ def full(tensor: Tensor) -> Tensor:
 def placed(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole.clone()
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(whole, like.device_mesh, like.placements)
 
 
 def train(shared: Sequence[Tensor], optimizer: Any, whole: Sequence[Tensor], expected: Any, steps: range) -> None:
@@ -109,7 +112,7 @@ def check(
     if mesh is None:
         shared = [Parameter(param.detach().clone()) for param in whole]
     else:
-        shared = [Parameter(distribute_tensor(p.detach(), mesh, placements, src_data_rank=None)) for p in whole]
+        shared = [Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in whole]
     group: Any = None if mesh else distributed.group.WORLD
     settings = {"algorithm": "muon", "flatten": options.pop("flatten", None)}
     optimizer = Muon([{"params": shared, **settings}], process_group=group, backend=backend, **options)
@@ -212,7 +215,7 @@ def check_models(two: DeviceMesh, four: DeviceMesh, backend: str) -> None:
 def check_clipping(four: DeviceMesh, backend: str) -> None:
     """All but the first process's shards of gradients are zero, so that the norm of the whole has the same bits."""
     whole = [Parameter(values(shape, 99)) for shape in [(8, 6), (12, 5), (4, 4)]]
-    shared = [Parameter(distribute_tensor(p.detach(), four, [Shard(0)], src_data_rank=None)) for p in whole]
+    shared = [Parameter(distribute_tensor(p.detach(), four, [Shard(0)])) for p in whole]
     optimizer = Muon(shared, max_grad_norm=0.5, backend=backend, **OPTIONS)
     expected = Muon(whole, max_grad_norm=0.5, backend=backend, **OPTIONS)
     for step in range(2):
@@ -244,7 +247,7 @@ def check_work(two: DeviceMesh, four: DeviceMesh, backend: str) -> None:
                 done[distributed.get_rank()] += len(x) * cost_of(*x.shape[1:])
             return newton_schulz(xs, *args, **kwargs)
 
-        shared = [Parameter(distribute_tensor(values(s, 1), mesh, placements, src_data_rank=None)) for s in shapes]
+        shared = [Parameter(distribute_tensor(values(s, 1), mesh, placements)) for s in shapes]
         for param in shared:
             param.grad = param.detach().clone()
         with pytest.MonkeyPatch.context() as patch:
@@ -290,7 +293,7 @@ def events_of(shared: Sequence[Tensor], backend: str) -> list[str]:
 
 def check_overlap(four: DeviceMesh, backend: str) -> None:
     """Four buckets, one owned by each process: while one is computed the next is on its way."""
-    shared = [Parameter(distribute_tensor(values((8, 8), 1), four, [Shard(0)], src_data_rank=None)) for _ in range(4)]
+    shared = [Parameter(distribute_tensor(values((8, 8), 1), four, [Shard(0)])) for _ in range(4)]
     stages = [
         ["send 0"],
         ["send 1", "wait 0", "compute 0", "send 2"],
@@ -306,15 +309,15 @@ def check_overlap(four: DeviceMesh, backend: str) -> None:
 
 def check_stacks_stay(four: DeviceMesh, backend: str) -> None:
     """Nothing is sent of shards of whole matrices; copies are not gathered."""
-    shards = [Parameter(distribute_tensor(values((8, 4, 4), 1), four, [Shard(0)], src_data_rank=None))]
+    shards = [Parameter(distribute_tensor(values((8, 4, 4), 1), four, [Shard(0)]))]
     assert events_of(shards, backend) == ["compute"]
-    copies = [Parameter(distribute_tensor(values((1, 4, 4), 1), four, [Replicate()], src_data_rank=None))]
+    copies = [Parameter(distribute_tensor(values((1, 4, 4), 1), four, [Replicate()]))]
     assert sorted(set(events_of(copies, backend)) - {"compute"}) == ["send 0", "wait 0"]
 
 
 def check_refusals(four: DeviceMesh) -> None:
     """Gradients that only some processes have are refused in all of them before anything changes."""
-    shared = [Parameter(distribute_tensor(values((8, 6), 1), four, [Shard(0)], src_data_rank=None)) for _ in range(2)]
+    shared = [Parameter(distribute_tensor(values((8, 6), 1), four, [Shard(0)])) for _ in range(2)]
     optimizer = Muon(shared, **OPTIONS)
     for index, param in enumerate(shared):
         param.grad = None if index == 1 and distributed.get_rank() == 2 else param.detach().clone()
@@ -354,7 +357,7 @@ def check_resuming(two: DeviceMesh, four: DeviceMesh, folder: Path, backend: str
     def resumed(model: Module, saved: Path, alone: bool) -> Any:
         optimizer = Muon(model, backend=backend, **{**NORMUON, "lr": 99.0})
         found = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        checkpoint.load(found, checkpoint_id=saved, no_dist=alone)
+        checkpoint.load(found, checkpoint_id=saved, **({"no_dist": True} if alone else {}))
         model.load_state_dict(found["model"])
         set_optimizer_state_dict(model, optimizer, found["optimizer"])
         for steps in (range(0), steps_of[alone]):
@@ -376,7 +379,8 @@ def check_resuming(two: DeviceMesh, four: DeviceMesh, folder: Path, backend: str
     assert_equal([*model.parameters()], again, [*whole.parameters()], expected)
     again.load_state_dict(optimizer.state_dict())
     assert_equal([*model.parameters()], again, [*whole.parameters()], expected)
-    if distributed.get_rank() == 0:
+    # In older releases of torch one process cannot load alone while there are others.
+    if distributed.get_rank() == 0 and "no_dist" in inspect.signature(checkpoint.load).parameters:
         resumed(Bag(), folder / "four", alone=True)
     distributed.barrier()
 
@@ -393,7 +397,8 @@ def main(rank: int, world: int, folder: Path, amount: str) -> None:
     four = DeviceMesh("cpu", range(4))
     runs = [name for name, each in BACKENDS.items() if not (each.unavailable() or each.refuses(torch.empty(1)))]
     for backend in runs:
-        check_models(two, four, backend)
+        if FSDP_ON_CPU:
+            check_models(two, four, backend)
         check_clipping(four, backend)
         check_resuming(two, four, folder / backend, backend)
     for backend in runs if amount == "all" else runs[:1]:

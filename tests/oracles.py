@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from helpers import NOT_YET
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -95,6 +96,9 @@ def oracle(
     if torch_class is None:
         states = PAPERS[name](start, gradients, **config)
         return start, states
+    if name == "Adam" and NOT_YET:
+        config = dict(config)
+        torch_class = torch.optim.AdamW if config.pop("decoupled_weight_decay", False) else torch_class
     leaves = [Parameter(param) for param in start]
     optimizer = torch_class(leaves, **config)
     for grads in gradients:

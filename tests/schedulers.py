@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +31,16 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "SWALR": lambda opt: swa_utils.SWALR(opt, swa_lr=0.05, anneal_epochs=4),
 }
 
+REPLACES_LR = set() if hasattr(lr_scheduler, "_update_param_group_val") else {"ReduceLROnPlateau"}
+"""Of older releases of torch, those that put a number in the place of a tensor."""
+
 
 def advance(scheduler: Any) -> None:
     """One step of the scheduler; of a loss that no longer falls, for the one that asks."""
-    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        scheduler.step(1.0)
-    else:
-        scheduler.step()
+    with warnings.catch_warnings():
+        if isinstance(scheduler, lr_scheduler.SequentialLR):  # that of older releases gives what they warn of
+            warnings.filterwarnings("ignore", "The epoch parameter")
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(1.0)
+        else:
+            scheduler.step()

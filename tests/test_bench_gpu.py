@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import needs_triton
 
 import fusedopt
 from fusedopt._cli import main
@@ -166,6 +167,7 @@ def test_explain_compiles_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_explain_compiles_for_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needs_triton()
     aot, cuda_aot = (pytest.importorskip(f"fusedopt.bench.{name}") for name in ("aot", "cuda_aot"))
     monkeypatch.setattr(cuda_aot, "KERNELS", ())
     monkeypatch.setattr(aot, "RULES", {"sgd": aot.RULES["sgd"]})
@@ -191,6 +193,7 @@ def test_explain_compiles_for_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_explain_reads_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     aot, cuda_aot = (pytest.importorskip(f"fusedopt.bench.{name}") for name in ("aot", "cuda_aot"))
     monkeypatch.setattr(aot, "RULES", {})
+    monkeypatch.setattr(aot, "triton_missing", lambda: None)  # an older one, with nothing to compile
     monkeypatch.setattr(cuda_aot, "KERNELS", ("sgd",))
     said = call("explain", "--compile")
     if not cuda_aot.has_kernels():
@@ -208,6 +211,12 @@ def test_explain_compile_without_triton_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "eager" in done.stdout
     assert done.stderr == "Error: fusedopt explain --compile needs triton: pip install triton\n"
+
+
+def test_explain_compile_with_an_older_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("fusedopt.bench.cuda_aot"), "KERNELS", ())
+    monkeypatch.setattr("fusedopt.backends._triton_version", lambda: "3.2.0")
+    assert "Triton is 3.2.0, and it takes 3.6" in call("explain", "--compile", code=1)
 
 
 def test_instructions_are_counted_on_the_way_of_whole_tiles() -> None:

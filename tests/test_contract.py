@@ -15,6 +15,7 @@ from steps import (
     CONFIGURED,
     DROP_IN,
     DROP_IN_CONFIGURED,
+    as_in_torch,
     assert_near,
     assert_optimizers_near,
     assert_same_optimizers,
@@ -60,6 +61,8 @@ def test_groups_with_their_own_options(cls: Any, config: dict[str, Any], backend
         a, b, c, d = parameters()
         optimizer = kind([{"params": [a]}, {"params": b, "lr": config["lr"] / 4, "maximize": True}], **config, **extra)
         optimizer.add_param_group({"params": c, "weight_decay": 0.25})
+        if kind is torch.optim.Adagrad:  # older releases of torch leave what is added without state
+            optimizer.state.update(kind([c, d], **config).state)
         train(optimizer, range(3))
         optimizer.add_param_group({"params": (d,), "lr": 0.5})
         train(optimizer, range(3, 6))
@@ -67,7 +70,7 @@ def test_groups_with_their_own_options(cls: Any, config: dict[str, Any], backend
     assert_optimizers_near(*pair, steps=6)
     ours, theirs = pair
     for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
-        assert {**mine, "params": 0} == {**other, "params": 0, **GROUP_OPTIONS}
+        assert {**as_in_torch(cls, mine), "params": 0} == {**other, "params": 0, **GROUP_OPTIONS}
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from helpers import needs_torchs_muon
 
 import fusedopt
 from fusedopt.bench.demo import FIRST_STEPS, SETTINGS, demo, torch_muon_and_adamw
@@ -129,6 +130,7 @@ def test_patch_swaps_the_model_too(tmp_path: Path) -> None:
     assert result["config"]["patch"] and not results(tmp_path)["config"]["patch"]
 
 
+@needs_torchs_muon
 def test_muon(tmp_path: Path) -> None:
     result = results(tmp_path, "--optimizer", "muon", "--seeds", "2")
     first, second = result["runs"]
@@ -149,6 +151,7 @@ def test_muon(tmp_path: Path) -> None:
     assert result["config"]["settings"]["lr"] == 0.02 and result["fused_optimizer_ms"] is None
 
 
+@needs_torchs_muon
 def test_torchs_two_optimizers_are_set_as_the_one() -> None:
     model = Llama(SIZES["tiny"])
     ours = fusedopt.Muon(model, **SETTINGS["Muon"]).param_groups
@@ -161,6 +164,7 @@ def test_torchs_two_optimizers_are_set_as_the_one() -> None:
         assert {name: group[name] for name in both} == {name: other[name] for name in both}
 
 
+@needs_torchs_muon
 def test_muon_with_all_options(tmp_path: Path) -> None:
     result = results(tmp_path, "--optimizer", "Muon", "--patch", "--state-dtype", "int8")
     labels = [run["label"] for run in result["runs"]]
@@ -174,6 +178,7 @@ def test_muon_where_torch_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert labels == ["eager", "fusedopt"]
 
 
+@needs_torchs_muon
 def test_notices_another_training_with_muon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(fusedopt.Muon):
         def __init__(self, *args: Any, **settings: Any) -> None:

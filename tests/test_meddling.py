@@ -35,7 +35,11 @@ def both(cls: Any, backend: str, **config: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("cls", DROP_IN)
 def test_tensor_lr(cls: Any, shape: tuple[int, ...], backend: str) -> None:
     """Read at every step, so that filling it in place drives the optimizer; never replaced."""
-    pair = both(cls, backend, lr=torch.full(shape, 0.125))
+    # That of torch's optimizer without dimensions, since older releases take no other.
+    pair = (
+        cls(parameters(), lr=torch.full(shape, 0.125), backend=backend),
+        cls.torch_class(parameters(), lr=torch.tensor(0.125)),
+    )
     for step in range(4):
         for optimizer in pair:
             lr = optimizer.param_groups[0]["lr"]
@@ -47,8 +51,12 @@ def test_tensor_lr(cls: Any, shape: tuple[int, ...], backend: str) -> None:
 
 @on_every_backend
 def test_other_tensor_hyperparameters(backend: str) -> None:
-    betas = {"betas": (torch.tensor(0.5), torch.tensor([[0.75]])), "lr": torch.tensor(0.125)}
-    pair = both(fusedopt.AdamW, backend, **betas, weight_decay=0.5)
+    options = {"lr": torch.tensor(0.125), "weight_decay": 0.5}
+    betas = torch.tensor(0.5), torch.tensor([[0.75]])  # numbers for torch's optimizer, whose older releases fail
+    pair = (
+        fusedopt.AdamW(parameters(), betas=betas, **options, backend=backend),
+        torch.optim.AdamW(parameters(), betas=(0.5, 0.75), **options),
+    )
     decay = both(fusedopt.SGD, backend, lr=0.125, weight_decay=torch.tensor(0.5), momentum=0.5)
     assert [beta.shape for beta in pair[0].param_groups[0]["betas"]] == [(), ()]  # as torch keeps them
     for ours, theirs in (pair, decay):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits, set_grads, values
+from helpers import assert_same_bits, needs_torchs_muon, set_grads, values
 from mutants import mutants
 from steps import USABLE
 from torch import Tensor
@@ -181,10 +181,8 @@ def test_every_operation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 # --- torch.optim.Muon ---
 
-needs_torchs = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 
-
-@needs_torchs
+@needs_torchs_muon
 @on_both
 @pytest.mark.parametrize(
     "config",
@@ -228,7 +226,7 @@ def test_is_torchs(config: dict[str, Any], backend: str) -> None:
     swapped.step()
 
 
-@needs_torchs
+@needs_torchs_muon
 def test_signature_and_momentum_buffer() -> None:
     import inspect
 
@@ -245,7 +243,7 @@ def test_signature_and_momentum_buffer() -> None:
     assert_same_bits(optimizer.state[param]["momentum_buffer"], torch.full((4, 4), 1.0, dtype=torch.bfloat16))
 
 
-@needs_torchs
+@needs_torchs_muon
 def test_torchs_own_inputs() -> None:
     from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import needs_triton
 
-pytest.importorskip("triton")
+needs_triton()
 
 from fusedopt.bench.aot import ARCHITECTURES, figures  # noqa: E402
 from fusedopt.bench.aot_norms import (  # noqa: E402

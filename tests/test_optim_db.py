@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import set_grads
-from steps import assert_near, on_every_backend, parameters, train
+from helpers import NOT_YET, set_grads
+from steps import another_order, as_in_torch, assert_near, on_every_backend, parameters, train
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, OptimizerInfo, optim_db
 from torch.testing._internal.common_utils import set_default_dtype
 
+import fusedopt
 from fusedopt.optim import OPTIMIZERS
 from fusedopt.optimizer import GROUP_OPTIONS, OPTIONS
 
@@ -139,12 +140,14 @@ def test_signature(ours: Any) -> None:
     mine = list(inspect.signature(ours).parameters.values())
     expected = [(p.name, p.kind, p.default) for p in theirs.parameters.values()]
     assert [(p.name, p.kind, p.default) for p in mine[: len(expected)]] == expected
+    not_yet = {name: False for name in NOT_YET if ours is fusedopt.Adam}
     assert {p.name: (p.kind, p.default) for p in mine[len(expected) :]} == {
-        name: (inspect.Parameter.KEYWORD_ONLY, value) for name, value in OPTIONS.items()
+        name: (inspect.Parameter.KEYWORD_ONLY, value) for name, value in {**not_yet, **OPTIONS}.items()
     }
     param = [torch.nn.Parameter(torch.ones(1))]
     defaults = {**ours.torch_class(param).defaults, **GROUP_OPTIONS}
-    assert list(ours(param).defaults.items()) == list(defaults.items())
+    found = as_in_torch(ours, ours(param).defaults)
+    assert found == defaults and (list(found) == list(defaults) or another_order(ours))
     assert list(inspect.signature(ours.step).parameters) == list(inspect.signature(ours.torch_class.step).parameters)
 
 

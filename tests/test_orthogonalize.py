@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, needs_torchs_muon
 from steps import USABLE
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def test_float32(name: str, method: str, norm: str, backend: str) -> None:
         assert distance(result, expected(g, coefficients_of(name, 5), norm)) < limit
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@needs_torchs_muon
 @on_both
 @pytest.mark.parametrize("method", METHODS)
 def test_default_dtype_is_as_near_as_torchs(method: str, backend: str) -> None:

@@ -20,6 +20,7 @@ from helpers import (
     assert_same_results,
     instruction_set,
     make_parameters,
+    needs_triton,
     pairwise,
     results,
     set_grads,
@@ -139,7 +140,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def test_same_bits_in_triton() -> None:
-    pytest.importorskip("triton")
+    needs_triton()
     printed = finish(start(UNDER_THE_INTERPRETER, TRITON_INTERPRET="1"))
     assert len(printed.splitlines()) == 2 * len(OWN)
 

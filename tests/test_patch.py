@@ -173,14 +173,15 @@ def test_autocast() -> None:
 def test_compile() -> None:
     """One graph, and one more after the way back."""
     model, x = blocks(), values((3, 24), 1)
-    plain = results(model, x)
+    # Compiled as well: older releases of torch then compute nn.RMSNorm's gradients in another order.
+    plain = results(torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager"), x)
     handle = fusedopt.patch(model)
     eager = results(model, x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for name, value in results(compiled, x).items():
         torch.testing.assert_close(value, eager[name.removeprefix("_orig_mod.")])
     handle.unpatch()
-    assert_same({name.removeprefix("_orig_mod."): value for name, value in results(compiled, x).items()}, plain)
+    assert_same(results(compiled, x), plain)
 
 
 def test_checkpointing() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from configs import CONFIGS
-from helpers import same_bits, set_grads
+from helpers import NOT_YET, same_bits, set_grads
 from schedulers import SCHEDULERS, advance
 from steps import (
     DROP_IN,
     DROP_IN_CONFIGURED,
+    as_in_torch,
     assert_optimizers_near,
     assert_same_optimizers,
     assert_untouched,
@@ -60,7 +61,7 @@ def test_swapping_amid_training(
 
     assert fusedopt.swap(optimizer, backend=backend) is optimizer
     assert type(optimizer) is cls and optimizer.param_groups is groups and optimizer.state is state
-    assert groups[0] == {**options, **GROUP_OPTIONS} and groups[0]["params"] is options["params"]
+    assert as_in_torch(cls, groups[0]) == {**options, **GROUP_OPTIONS} and groups[0]["params"] is options["params"]
     for param, before in tensors.items():
         assert list(state[param]) == list(before)
         assert all(value is before[name] for name, value in state[param].items())
@@ -83,7 +84,10 @@ def test_swapping_before_the_first_step(cls: Any) -> None:
     train(made, range(2))
     train(swapped, range(2))
     assert_same_optimizers(swapped, made)
-    assert list(swapped.state_dict()["param_groups"][0]) == list(made.state_dict()["param_groups"][0])
+    keys = [list(optimizer.state_dict()["param_groups"][0]) for optimizer in (swapped, made)]
+    if NOT_YET and issubclass(cls, fusedopt.Adam):
+        keys = [sorted(each) for each in keys]  # what torch's have not is added at the end
+    assert keys[0] == keys[1]
     assert_same_optimizers(copy.deepcopy(swapped), made)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import needs_triton
 
-pytest.importorskip("triton")
+needs_triton()
 
 from fusedopt.bench.aot import ARCHITECTURES, figures  # noqa: E402
 from fusedopt.bench.aot_norms import SHARED, copies  # noqa: E402

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_same_bits, values
+from helpers import assert_same_bits, needs_triton, values
 from torch import Tensor
 
-pytest.importorskip("triton")
+needs_triton()
 
 from fusedopt.kernels.symmetric import multiply, symmetric  # noqa: E402
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import needs_triton
 
-pytest.importorskip("triton")
+needs_triton()
 
 from fusedopt.backends import BACKENDS  # noqa: E402
 from fusedopt.bench.aot import FORMATS, aot, compiled, figures, form, vector_accesses  # noqa: E402
