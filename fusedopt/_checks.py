@@ -221,6 +221,14 @@ def check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> N
         )
 
 
+def declined(optimizer: str) -> str:
+    """Of a plan that was made of what passed every check."""
+    return (
+        f"{optimizer}: the native backend declined tensors that passed every check; please report this, and use "
+        "backend='eager' meanwhile"
+    )
+
+
 def nan_hyperparameter(group: Mapping[str, Any], index: int) -> str:
     """The message for a group whose scalars are not numbers."""
     numbers = {name: value if isinstance(value, tuple) else (value,) for name, value in group.items()}

@@ -84,6 +84,7 @@ class Stepper(torch.optim.Optimizer):
     def _forget_plan(self) -> None:
         self._plan: list[Plan] | None = None
         self._planned: list[tuple[Any, ...]] = []
+        self._rest: list[tuple[int, Tensor, int, str]] = []  # parameters that no plan serves, as `_numbered` has them
         self._sharded = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -163,7 +164,7 @@ class Stepper(torch.optim.Optimizer):
             functools.partial(self._captured, self.param_groups),
         )
         fits = self._plan is not None and form == self._planned
-        if not (fits and self._run(self._plan, step)):
+        if not (fits and self._by_plan(self._found_rest(requested), step)):
             self._plan = None
             self._replan(form, requested, step)
 
@@ -175,12 +176,28 @@ class Stepper(torch.optim.Optimizer):
         """Whether steps count on the device. A class that counts nothing has nothing to keep there."""
         return bool(group.get("capturable") and self.counted(group))
 
-    def _run(self, plans: list[Plan] | None, step: Step) -> bool:
-        """False where a plan does not fit."""
-        assert plans is not None
-        if step.max_norm is not None and (len(plans) > 1 or self._sharded):
+    def _found_rest(self, requested: str | None) -> list[Entry]:
+        """The parameters with a gradient that no plan serves, checked."""
+        if not self._rest:
+            return []
+        rest = [self._checked(*each, requested) for each in self._rest if each[1].grad is not None]
+        self._complete(rest)
+        return rest
+
+    def _by_plan(self, rest: list[Entry], step: Step) -> bool:
+        """A step by the plans, and of the rest. False where a plan does not fit."""
+        assert self._plan is not None
+        if step.max_norm is not None and (rest or len(self._plan) > 1 or self._sharded):
             grads = [param.grad for group in step.groups for param in group["params"] if param.grad is not None]
             step = self._clipped(grads, step)
+        if not self._run(self._plan, step):
+            return False
+        if rest:
+            self._run_once(rest, step)
+        return True
+
+    def _run(self, plans: list[Plan], step: Step) -> bool:
+        """False where a plan does not fit."""
         result = run(plans, step)
         if result is None:
             return False
@@ -213,20 +230,19 @@ class Stepper(torch.optim.Optimizer):
         entries = list(self._entries(requested))
         if not entries:
             return
-        for index, counters in {(entry.group, entry.counters) for entry in entries}:
-            if counters is not None:
-                # Raises, while nothing has changed, where a hyperparameter is not valid.
-                self._scalars(index, *counters)
-        for entry in entries:
-            self._init_state(entry.param, self.param_groups[entry.group])
+        self._complete(entries)
         if self.max_grad_norm is None:
             self.grad_norm = None
         repeated = len({entry.param for entry in entries}) < len(entries)
-        if not repeated and self._is_plannable() and all(entry.backend.plans for entry in entries):
-            planned = [*entries, *self._absent(entries, requested)]
+        plannable = [entry for entry in entries if entry.backend.plans]
+        if not repeated and self._is_plannable() and plannable:
+            planned = [*plannable, *self._absent(plannable, requested)]
+            rest = [entry for entry in entries if not entry.backend.plans]
+            self._rest = [(entry.group, entry.param, entry.number, entry.what) for entry in rest]
             self._sharded = any(local_shard(entry.param) is not entry.param for entry in planned)
-            self._plan, self._planned = self._make_plans(planned), form
-            self._run_new(self._plan, step)
+            self._plan, self._planned = self._make_plans(planned, {entry.param for entry in rest}), form
+            if not self._by_plan(rest, step):
+                raise RuntimeError(_checks.declined(type(self).__name__))
             return
         step = self._clipped([entry.param.grad for entry in entries if entry.param.grad is not None], step)
         if not repeated:
@@ -240,6 +256,15 @@ class Stepper(torch.optim.Optimizer):
                 entry.counters = self._count(self.state.get(entry.param, {}), group, entry.what)
             seen.add(entry.param)
             self._run_once([entry], step)
+
+    def _complete(self, entries: list[Entry]) -> None:
+        """Create what their state lacks, once all is known to be valid."""
+        for index, counters in {(entry.group, entry.counters) for entry in entries}:
+            if counters is not None:
+                # Raises, while nothing has changed, where a hyperparameter is not valid.
+                self._scalars(index, *counters)
+        for entry in entries:
+            self._init_state(entry.param, self.param_groups[entry.group])
 
     def _clipped(self, grads: list[Tensor], step: Step) -> Step:
         """The step with clipping in its gradient scale; `grad_norm` is set."""
@@ -272,7 +297,8 @@ class Stepper(torch.optim.Optimizer):
                 draws=[step.draws[entry.group] for entry in planned],
                 captured=functools.partial(self._captured, groups),
             )
-            self._run_new(self._make_plans(planned, groups), alone)
+            if not self._run(self._make_plans(planned, set(), groups), alone):
+                raise RuntimeError(_checks.declined(type(self).__name__))
         others = [entry for entry in entries if not entry.backend.plans]
         counted = [
             (self._scalars(entry.group, *entry.counters), entry) for entry in others if entry.counters is not None
@@ -294,11 +320,14 @@ class Stepper(torch.optim.Optimizer):
         if self.zero_grads:
             _zero_grads([entry.param for entry in others])
 
-    def _make_plans(self, entries: list[Entry], groups: list[Group] | None = None) -> list[Plan]:
+    def _make_plans(
+        self, entries: list[Entry], rest: set[Tensor], groups: list[Group] | None = None
+    ) -> list[Plan]:
         """A plan for each backend among these. The CPU's is the first, since a plan for GPUs does not wait.
 
         Args:
             entries: some may have no gradient.
+            rest: parameters that are stepped beside the plans.
             groups: one for each entry, in place of the optimizer's.
         """
         state: Any = self.state
@@ -314,10 +343,10 @@ class Stepper(torch.optim.Optimizer):
         plans: list[Plan] = []
         for backend in backends:
             params = {entry.param for entry in entries if entry.backend is backend}
-            others = {entry.param for entry in entries} - params
-            # Of a group that another plan steps alone the rule may have no kernel here.
+            others = {entry.param for entry in entries} - params | rest
+            # Of a group that is stepped otherwise the rule may have no kernel here.
             numbers = [
-                -1 if others.issuperset(group["params"]) else backend.rule_number(self.rule(group)) for group in groups
+                -1 if params.isdisjoint(group["params"]) else backend.rule_number(self.rule(group)) for group in groups
             ]
             specs = [self._spec(*each) for each in zip(groups, numbers, firsts, strict=True)]
             plan = native().Plan(specs, state, groups, params, fresh, others, isinstance(backend, Gpu))
@@ -342,13 +371,6 @@ class Stepper(torch.optim.Optimizer):
             first_parameter=first,
             captured=captured,
         )
-
-    def _run_new(self, plans: list[Plan], step: Step) -> None:
-        if not self._run(plans, step):
-            raise RuntimeError(
-                f"{type(self).__name__}: the native backend declined tensors that passed every check; please report "
-                "this, and use backend='eager' meanwhile"
-            )
 
     @torch.no_grad()
     def _captured(
@@ -413,13 +435,17 @@ class Stepper(torch.optim.Optimizer):
             rule = self.rule(group)
             _checks.check_rule(type(self).__name__, rule.name, rule.states, self.states)
         for index, param, number, what in self._numbered():
-            if param.grad is None:
-                continue
-            _checks.check_param(param, local_shard(param), what)
-            _checks.check_grad(param, param.grad, type(self).__name__, what)
-            if self.max_grad_norm is not None:
-                check_clippable(param.grad, f"the gradient of {what}")
-            yield self._entry(index, param, number, what, requested)
+            if param.grad is not None:
+                yield self._checked(index, param, number, what, requested)
+
+    def _checked(self, index: int, param: Tensor, number: int, what: str, requested: str | None) -> Entry:
+        """A parameter that has a gradient."""
+        assert param.grad is not None
+        _checks.check_param(param, local_shard(param), what)
+        _checks.check_grad(param, param.grad, type(self).__name__, what)
+        if self.max_grad_norm is not None:
+            check_clippable(param.grad, f"the gradient of {what}")
+        return self._entry(index, param, number, what, requested)
 
     def _absent(self, entries: list[Entry], requested: str | None) -> Iterator[Entry]:
         """Parameters with state but no gradient in this step, as of a mixture's expert that is not routed to.

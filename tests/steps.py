@@ -132,7 +132,7 @@ def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         name: value if isinstance(value, str) else id(value)
         for name, value in vars(optimizer).items()
-        if name not in ("_plan", "_planned", "_sharded")
+        if name not in ("_plan", "_planned", "_rest", "_sharded")
     }
 
 

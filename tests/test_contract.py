@@ -27,6 +27,7 @@ from steps import (
     train,
 )
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
@@ -155,6 +156,41 @@ def test_gradients_that_lie_otherwise_each_time(dtype: torch.dtype, options: dic
         assert_same_optimizers(native, eager)
         plans.append(native._plan)
     assert plans[0] is not None and all(plan is plans[0] for plan in plans)
+
+
+def with_a_negative_view() -> list[Parameter]:
+    """Parameters of which one has no memory of its own values, so that no plan serves it."""
+    params = parameters()
+    params[1] = Parameter(torch.complex(torch.zeros(7), torch.arange(7.0)).conj().imag)
+    assert params[1].is_neg()
+    return params
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"zero_grads": True}], ids=["", "clipped", "zeroed"])
+@pytest.mark.parametrize(("cls", "config"), CONFIGURED)
+def test_a_parameter_that_no_plan_serves(cls: Any, config: dict[str, Any], options: dict[str, Any]) -> None:
+    """It is stepped beside the others, which keep their plan; where its gradient is not valid none is stepped."""
+    chosen, eager = [cls(with_a_negative_view(), **config, **options, backend=backend) for backend in (None, "eager")]
+    plans = []
+    for step, present in enumerate([(0, 1, 2, 3), (0, 1, 2, 3), (0, 2), (1, 3), (0, 1)]):
+        for optimizer in (chosen, eager):
+            params = parameters_of(optimizer)
+            set_grads(params, step)
+            for index in {*range(4)} - {*present}:
+                params[index].grad = None
+            optimizer.step()
+        assert_same_optimizers(chosen, eager)
+        plans.append(chosen._plan)
+    assert plans[0] is not None and all(plan is plans[0] for plan in plans)
+
+    params = parameters_of(chosen)
+    set_grads(params, 5)
+    before = snapshot(chosen)
+    params[1].grad = torch.ones(7).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients .parameter 1 of group 0"):
+        chosen.step()
+    params[1].grad = None
+    assert_untouched(chosen, before)
 
 
 @on_every_backend
