@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ._checks import check_not_freed
 from ._gpu import neutral_control
 from ._state import local_shard
 from .backends import BACKENDS, native
@@ -113,7 +114,7 @@ def clip_grad_norm_(
         The norm before, zero-dimensional float32 on the device of the first gradient.
 
     Raises:
-        RuntimeError: the norm is not finite, and `error_if_nonfinite`.
+        RuntimeError: the norm is not finite, and `error_if_nonfinite`; or the memory of a gradient was given back.
         ValueError: another `norm_type`, or a gradient that is sparse, or a DTensor of parts of a sum.
     """
     if norm_type != 2:
@@ -144,8 +145,9 @@ def clip_grad_norm_(
 
 
 def check_clippable(grad: Tensor, what: str) -> None:
-    """Raises ValueError where the norm of a gradient is not to be had."""
+    """Raises ValueError or RuntimeError where the norm of a gradient is not to be had."""
     if any(placement.is_partial() for placement in getattr(grad, "placements", ())):
         raise ValueError(f"{what} is placed as {grad.placements}; redistribute the parts of a sum before it is clipped")  # type: ignore[attr-defined]
     if grad.layout != torch.strided:
         raise ValueError(f"{what} has layout {grad.layout}; only dense gradients are clipped")
+    check_not_freed(local_shard(grad), what)

@@ -81,6 +81,13 @@ def test_explain_says_what_is_in_use() -> None:
         assert "in use: eager" in str(fusedopt.explain())
 
 
+def test_an_asked_for_backend_that_does_not_run_is_explained() -> None:
+    """Also by the command, which is to say why."""
+    explained = output("import fusedopt; print(fusedopt.explain())", FUSEDOPT_BACKEND="gpu")
+    assert f"in use: none; FUSEDOPT_BACKEND: {NO_SUCH_BACKEND}" in explained
+    assert output("import runpy, sys; sys.argv[1:] = ['explain']; runpy.run_module('fusedopt')").startswith("cpu ")
+
+
 def test_use_backend_nests_and_restores() -> None:
     assert requested_backend() is None
     with fusedopt.use_backend("eager"):

@@ -54,6 +54,9 @@ def test_memory_that_was_given_back(of: str, backend: str | None) -> None:
     with pytest.raises(RuntimeError, match="the storage of .*parameter 1 of group 0 has been resized to 0 bytes"):
         optimizer.step()
     assert_same_bits(params[0], before)
+    if of == "gradient":
+        with pytest.raises(RuntimeError, match="the storage of a gradient has been resized to 0 bytes"):
+            fusedopt.clip_grad_norm_(params, 1.0)
 
 
 def stepped(x: Tensor, cls: Any) -> Tensor:
