@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -90,6 +90,15 @@ def test_named_parameters(cls: Any) -> None:
         optimizer.step()
 
 
+def step_with_gradients_of(optimizer: Any, present: Sequence[int], step: int) -> None:
+    """A step in which no other parameter has a gradient."""
+    params = parameters_of(optimizer)
+    set_grads(params, step)
+    for index in {*range(len(params))} - {*present}:
+        params[index].grad = None
+    optimizer.step()
+
+
 @on_every_backend
 @pytest.mark.parametrize(("cls", "config"), DROP_IN_CONFIGURED)
 def test_gradients_that_come_and_go(cls: Any, config: dict[str, Any], backend: str) -> None:
@@ -97,13 +106,8 @@ def test_gradients_that_come_and_go(cls: Any, config: dict[str, Any], backend: s
     pair = both(cls, backend, **config)
     for step, present in enumerate([(0,), (0, 1), (1, 2), (0, 1, 2, 3), (), (3,), (0, 2)]):
         for optimizer in pair:
-            params = parameters_of(optimizer)
-            set_grads(params, step)
-            for index, param in enumerate(params):
-                if index not in present:
-                    param.grad = None
-            optimizer.step()
-            has_state = [param in optimizer.state and bool(optimizer.state[param]) for param in params]
+            step_with_gradients_of(optimizer, present, step)
+            has_state = [bool(optimizer.state.get(param)) for param in parameters_of(optimizer)]
             if cls is not fusedopt.Adagrad and pair[0].state:
                 assert has_state[2] == (step >= 2) and has_state[3] == (step >= 3)
         assert_optimizers_near(*pair, steps=step + 1)
@@ -117,11 +121,7 @@ def test_gradients_that_alternate(cls: Any, config: dict[str, Any], options: dic
     plans = []
     for step, present in enumerate([(0,), (1,), (2, 3), (0, 1), (), (1, 3), (0, 2)]):
         for optimizer in (native, eager):
-            params = parameters_of(optimizer)
-            set_grads(params, step)
-            for index in {*range(4)} - {*present}:
-                params[index].grad = None
-            optimizer.step()
+            step_with_gradients_of(optimizer, present, step)
         assert_same_optimizers(native, eager)
         plans.append(native._plan)
     assert plans[2] is not None and all(plan is plans[2] for plan in plans[3:])
@@ -174,11 +174,7 @@ def test_a_parameter_that_no_plan_serves(cls: Any, config: dict[str, Any], optio
     plans = []
     for step, present in enumerate([(0, 1, 2, 3), (0, 1, 2, 3), (0, 2), (1, 3), (0, 1)]):
         for optimizer in (chosen, eager):
-            params = parameters_of(optimizer)
-            set_grads(params, step)
-            for index in {*range(4)} - {*present}:
-                params[index].grad = None
-            optimizer.step()
+            step_with_gradients_of(optimizer, present, step)
         assert_same_optimizers(chosen, eager)
         plans.append(chosen._plan)
     assert plans[0] is not None and all(plan is plans[0] for plan in plans)
