@@ -127,9 +127,18 @@ def test_gradients_that_alternate(cls: Any, config: dict[str, Any], options: dic
     assert plans[2] is not None and all(plan is plans[2] for plan in plans[3:])
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"zero_grads": True}], ids=["", "clipped", "zeroed"])
+LYING: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"max_grad_norm": 0.1},
+    "zeroed": {"zero_grads": True},
+    "int8": {"state_dtype": "int8", "min_quantized_size": 1},  # elements are then walked in row-major order
+}
+
+
+@pytest.mark.parametrize("options", LYING.values(), ids=LYING)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
-def test_gradients_that_lie_otherwise_each_time(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_gradients_that_lie_otherwise_each_time(dtype: torch.dtype, layout: str, options: dict[str, Any]) -> None:
     """One plan serves them all, and gradients keep their memory."""
     layouts: list[Callable[[Tensor], Tensor | None]] = [
         lambda grad: grad,
@@ -141,15 +150,15 @@ def test_gradients_that_lie_otherwise_each_time(dtype: torch.dtype, options: dic
         lambda grad: torch._efficientzerotensor((4, 6), dtype=dtype),
         lambda grad: grad,
     ]
-    both = [make_parameters(((4, 6), (5,)), dtype) for _ in range(2)]
+    both = [make_parameters(((4, 6), (5,)), dtype, layout) for _ in range(2)]
     native, eager = [fusedopt.AdamW(each, **options, backend=name) for each, name in zip(both, ("cpu", "eager"))]
     plans = []
-    for step, layout in enumerate(layouts):
+    for step, lie in enumerate(layouts):
         for optimizer in (native, eager):
             params = parameters_of(optimizer)
             set_grads(params, step)
             assert params[0].grad is not None
-            params[0].grad = layout(params[0].grad.clone())
+            params[0].grad = lie(params[0].grad.clone())
             optimizer.step()
             if options.get("zero_grads") and params[0].grad is not None:
                 assert not params[0].grad.any()
