@@ -67,8 +67,6 @@ bool readable(PyObject* tensor, View& view) {
   return describable(tensor, view) && (view.data || !numel(view));
 }
 
-bool is_floating(DLDataType dtype) { return dtype.code == 2 || dtype.code == 4 || dtype.code == 5; }
-
 bool is_counter(const View& view) {
   const bool real = view.dtype.code == 2 && (view.dtype.bits == 32 || view.dtype.bits == 64);
   return view.device == on_cpu && real && numel(view) == 1;
@@ -226,7 +224,7 @@ bool Plan::replan_grad(Entry& entry, PyObject* stored, const View& view) {
   const Described param(local(entry, entry.param));
   const bool same_shape = view.ndim == param.ndim && std::equal(view.shape, view.shape + view.ndim, param.shape);
   const bool valid = same_shape && view.device == param.device && is_complex(view) == is_complex(param) &&
-                     is_floating(view.dtype) && view.dtype.bits >= 16;
+                     is_floating(view);
   if (for_gpu_ || !valid || forms_.size() > 64 + 8 * entries_.size()) return false;
   plan_grad(entry, stored, entry.is_ordered ? row_major_order(param) : walking_order(param));
   return true;

@@ -112,6 +112,11 @@ bool describe(PyObject* tensor, View& view) {
 
 bool is_complex(const View& view) { return view.dtype.code == code_complex; }
 
+bool is_floating(const View& view) {
+  const uint8_t code = view.dtype.code;
+  return view.dtype.bits >= 16 && (code == code_float || code == code_bfloat || code == code_complex);
+}
+
 int64_t numel(const View& view) {
   return std::accumulate(view.shape, view.shape + view.ndim, int64_t(is_complex(view) ? 2 : 1), std::multiplies<>());
 }

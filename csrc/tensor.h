@@ -94,4 +94,7 @@ int64_t numel(const View& view);
 
 bool is_complex(const View& view);
 
+// Whether its elements are numbers of 16 bits or more that need no scale; complex ones too.
+bool is_floating(const View& view);
+
 }  // namespace fusedopt
